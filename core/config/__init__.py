@@ -1,0 +1,37 @@
+"""The typed configuration. Nothing here imports torch or Ray."""
+
+from core.config.base import Section
+from core.config.draft import DRAFT_CONFIGS, DraftConfig
+from core.config.load import describe, load_config
+from core.config.schema import Config
+from core.config.sections import (
+    ClusterConfig,
+    ConvertConfig,
+    DataConfig,
+    DecodeConfig,
+    EvalConfig,
+    FeaturesConfig,
+    ServeConfig,
+    TargetConfig,
+    TrackingConfig,
+    TrainConfig,
+)
+
+__all__ = [
+    "DRAFT_CONFIGS",
+    "ClusterConfig",
+    "Config",
+    "ConvertConfig",
+    "DataConfig",
+    "DecodeConfig",
+    "DraftConfig",
+    "EvalConfig",
+    "FeaturesConfig",
+    "Section",
+    "ServeConfig",
+    "TargetConfig",
+    "TrackingConfig",
+    "TrainConfig",
+    "describe",
+    "load_config",
+]

@@ -1,0 +1,23 @@
+"""Fields of every draft algorithm."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from core.config.base import Section, field, setting
+
+
+class DraftConfig(Section):
+    """Base of the draft algorithms' configurations."""
+
+    implementation: ClassVar[str] = ""
+    """`module:Class` of the draft head, imported only where torch is wanted."""
+
+    kind: str
+    path: str | None = setting(None, "folder of a trained draft head")
+    vocab_size: int = field(
+        8192,
+        "tokens that the head may propose: the most frequent of the training data; "
+        "0 means the target's whole vocabulary",
+        ge=0,
+    )

@@ -1,0 +1,22 @@
+"""EAGLE-1: one decoder layer on the target's final feature and the next token's embedding."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from core.config.base import field
+from core.config.draft.common import DraftConfig
+
+
+class Eagle1Config(DraftConfig):
+    """EAGLE-1 head (Li et al. 2024, "EAGLE", section 4)."""
+
+    implementation: ClassVar[str] = "core.draft.eagle1:Eagle1Head"
+
+    kind: Literal["eagle1"] = "eagle1"
+    bias: bool = field(False, "bias in the fusion layer `fc`; vLLM reads heads without only")
+    feature_weight: float = field(1.0, "weight of the smooth-L1 loss on features", ge=0)
+    token_weight: float = field(0.1, "weight of the cross-entropy to the target's softmax", ge=0)
+    noise: float = field(
+        0.1, "half-width of the uniform noise on input features, times 512 / length", ge=0
+    )

@@ -1,0 +1,140 @@
+"""YAML and `section.field=value` overrides to a `Config`, and its documentation for `--help`."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from core.config.base import Section
+from core.config.draft import DRAFT_CONFIGS
+from core.config.schema import Config
+from core.errors import ConfigError
+
+
+def load_config(path: str | None, overrides: Sequence[str] = ()) -> Config:
+    """Read a config file and lay the overrides over it.
+
+    Args:
+        path: a YAML file, or None for defaults alone.
+        overrides: `output=/data/run`, `train.lr=1e-4`; values are YAML.
+    Raises:
+        ConfigError: no such file, not YAML, an unknown key, or a value out of bounds.
+    """
+    values = _read_yaml(path) if path else {}
+    for override in overrides:
+        _lay_over(values, override)
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, path)) from error
+
+
+def describe(sections: Iterable[str]) -> str:
+    """One line a field, `section.field=default  meaning`, for the sections named."""
+    lines = []
+    for name in ("output", "overwrite"):
+        lines.append(_describe_field(name, Config, name))
+    for section in sections:
+        if section == "draft":
+            for kind, cls in DRAFT_CONFIGS.items():
+                lines.append(f"\n  draft, where draft.kind={kind}: {_summary(cls)}")
+                lines += [_describe_field(f"draft.{name}", cls, name) for name in cls.model_fields]
+            continue
+        cls = type(getattr(Config(), section))
+        lines.append(f"\n  {section}: {_summary(cls)}")
+        lines += [_describe_field(f"{section}.{name}", cls, name) for name in cls.model_fields]
+    return "\n".join(lines)
+
+
+def _summary(cls: type[Section]) -> str:
+    return (cls.__doc__ or "").strip().splitlines()[0]
+
+
+def _describe_field(name: str, cls: type[Section], key: str) -> str:
+    info = cls.model_fields[key]
+    default = "null" if info.default is None else info.default
+    if isinstance(default, tuple):
+        default = list(default)
+    return f"    {f'{name}={default}':<38} {info.description or ''}".rstrip()
+
+
+def _read_yaml(path: str) -> dict[str, Any]:
+    file = Path(path)
+    if not file.is_file():
+        raise ConfigError(f"--config {path}: no such file ({file.absolute()})")
+    try:
+        values = yaml.safe_load(file.read_text("utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config {path}: not valid YAML: {error}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"--config {path}: expected sections, got {type(values).__name__}")
+    # A section whose lines are all commented out is an empty one.
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def _lay_over(values: dict[str, Any], override: str) -> None:
+    dotted, equals, text = override.partition("=")
+    if not equals or not dotted:
+        raise ConfigError(f"override {override!r}: expected section.field=value")
+    try:
+        value = yaml.safe_load(text) if text else None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r}: the value is not valid YAML") from error
+    if isinstance(value, str):
+        value = _as_number(value)
+    *parents, leaf = dotted.split(".")
+    for parent in parents:
+        if values.get(parent) is None:
+            values[parent] = {}
+        values = values[parent]
+        if not isinstance(values, dict):
+            raise ConfigError(f"override {override!r}: {parent} is not a section")
+    values[leaf] = value
+
+
+def _as_number(text: str) -> str | float:
+    """YAML 1.1 takes `1e-4` for a string; nobody means that."""
+    try:
+        return float(text) if "e" in text.lower() else text
+    except ValueError:
+        return text
+
+
+def _explain(error: ValidationError, path: str | None) -> str:
+    where = path or "the command line"
+    messages = []
+    for problem in error.errors():
+        location = [str(part) for part in problem["loc"] if part not in DRAFT_CONFIGS]
+        # A union's branches (`int`, `literal['auto']`) are part of pydantic's place, not of ours.
+        dotted = ".".join(location[:2])
+        if problem["type"] == "extra_forbidden":
+            messages.append(f"unknown key {dotted}{_suggest(location, problem['loc'])}")
+        elif problem["type"] == "value_error":
+            messages.append(str(problem["ctx"]["error"]))
+        else:
+            got = problem.get("input")
+            messages.append(f"{dotted}={got!r}: {problem['msg'][:1].lower()}{problem['msg'][1:]}")
+    return f"{where}: " + "; ".join(messages)
+
+
+def _suggest(location: list[str], place: tuple[int | str, ...]) -> str:
+    kind = next((part for part in place if part in DRAFT_CONFIGS), None)
+    if len(location) == 1:
+        known: Iterable[str] = Config.model_fields
+    elif isinstance(kind, str):
+        known = DRAFT_CONFIGS[kind].model_fields
+    elif location[0] in Config.model_fields:
+        known = type(getattr(Config(), location[0])).model_fields
+    else:
+        return ""
+    close = difflib.get_close_matches(location[-1], known, n=1)
+    if close:
+        return f"; did you mean {'.'.join([*location[:-1], close[0]])}?"
+    return f"; known here: {', '.join(known)}"

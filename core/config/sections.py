@@ -1,0 +1,196 @@
+"""The sections of the configuration. Every field says its meaning and its unit."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from core.config.base import Section, field, setting
+
+DType = Literal["float32", "bfloat16", "float16"]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+TreeSize = Annotated[int, Field(ge=1)]
+
+
+class ConvertConfig(Section):
+    """Turn a checkpoint that transformers does not serve directly into an HF folder."""
+
+    source: str | None = setting(
+        None,
+        "a .gguf file (also pkg://<package>/<file>), or `tiny-random` for a Llama of random "
+        "weights with a byte tokenizer, made for tests",
+    )
+    dtype: DType = field("bfloat16", "dtype of the saved weights")
+    seed: int = field(0, "seed of the weights of `tiny-random`")
+
+
+class TargetConfig(Section):
+    """The target model: the one whose output is kept."""
+
+    path: str | None = setting(None, "HF folder or hub id of the target model")
+    dtype: DType = field("bfloat16", "dtype of the target's weights and activations")
+    device: Literal["auto", "cpu", "cuda"] = setting(
+        "auto", "where the target runs; auto takes a GPU if the worker has one"
+    )
+    pack_linear: bool = field(
+        True, "on CPU, pack linear layers once for oneDNN (faster; same result up to rounding)"
+    )
+
+
+class DataConfig(Section):
+    """Conversations, and what becomes of them."""
+
+    path: str | None = setting(None, "conversations: JSON, JSONL, also pkg://<package>/<file>")
+    examples: str | None = setting(None, "folder that prepare_data wrote")
+    format: Literal["sharegpt"] = field("sharegpt", "record format of data.path")
+    max_length: int = field(2048, "longest example, in tokens; longer ones are cut", ge=16)
+    max_conversations: int | None = field(
+        None, "take at most so many conversations, chosen by content hash; null takes all", ge=1
+    )
+    held_out: float = field(0.05, "share of conversations kept out of training", ge=0, lt=1)
+    max_bad_records: int = setting(
+        0, "records that are no conversations and still let the job succeed", ge=0
+    )
+    shard_tokens: int = field(16384, "tokens a shard of examples (and of features)", ge=256)
+    prompt_tokens: int = field(512, "longest held-out prompt kept for evaluation, in tokens", ge=16)
+    seed: int = field(0, "changes which conversations are taken and held out")
+
+
+class FeaturesConfig(Section):
+    """Target features that the draft head learns from."""
+
+    path: str | None = setting(None, "folder that extract_features wrote")
+    dtype: Literal["bfloat16", "float32"] = field("bfloat16", "dtype of the stored features")
+    batch_tokens: int = field(4096, "tokens a target pass, padding included", ge=16)
+    num_replicas: int = setting(
+        2, "target replicas that extract at the same time (at most what the cluster holds)", ge=1
+    )
+    cpus_per_replica: float = setting(1.0, "CPUs a replica; also its threads", gt=0)
+    gpus_per_replica: float = setting(0.0, "GPUs a replica", ge=0)
+
+
+class TrainConfig(Section):
+    """How a model is trained."""
+
+    parallelism: Literal["ddp", "zero1", "zero2"] = field(
+        "zero1", "DeepSpeed's ZeRO stage; ddp is stage 0"
+    )
+    dtype: Literal["float32", "bfloat16"] = field("float32", "dtype of the computation")
+    num_workers: int = field(2, "training processes", ge=1)
+    cpus_per_worker: float = setting(1.0, "CPUs a process; also its threads", gt=0)
+    gpus_per_worker: float = setting(0.0, "GPUs a process", ge=0)
+    global_batch_size: int = field(
+        16, "sequences an optimizer step, over all workers; a multiple of num_workers", ge=1
+    )
+    micro_batch_size: int = field(8, "sequences a forward pass of one worker", ge=1)
+    max_length: int = field(512, "longest training sequence, in tokens; longer ones are cut", ge=8)
+    lr: float = field(3e-5, "peak learning rate of AdamW", gt=0)
+    betas: tuple[Beta, Beta] = field((0.9, 0.95), "AdamW's betas")
+    weight_decay: float = field(0.0, "AdamW's weight decay", ge=0)
+    warmup_steps: int = field(2000, "steps of linear warm-up", ge=0)
+    schedule: Literal["cosine", "constant"] = field("cosine", "learning rate after warm-up")
+    clip: float = field(0.5, "largest gradient norm", gt=0)
+    epochs: int = field(20, "passes over the training data", ge=1)
+    max_steps: int | None = field(None, "stop after so many optimizer steps", ge=1)
+    eval_every: int = field(200, "steps between evaluations on held-out features", ge=1)
+    checkpoint_every: int = field(100, "steps between checkpoints", ge=1)
+    keep_checkpoints: int = setting(2, "checkpoints that are kept", ge=1)
+    max_failures: int = setting(3, "lost workers that are survived; -1 for any number", ge=-1)
+    seed: int = field(0, "seed of initialization, data order and noise")
+
+    @model_validator(mode="after")
+    def _batch_divides(self) -> TrainConfig:
+        if self.global_batch_size % self.num_workers:
+            raise ValueError(
+                f"train.global_batch_size={self.global_batch_size} is not a multiple of "
+                f"train.num_workers={self.num_workers}; change one of them"
+            )
+        return self
+
+
+class DecodeConfig(Section):
+    """The speculative decoder."""
+
+    total_tokens: int | Literal["auto"] = field(
+        "auto",
+        "nodes of the draft tree, the root included; 1 is plain decoding; auto measures what "
+        "pays on this machine",
+    )
+    depth: int = field(5, "expansions after the root's (the tree is one deeper)", ge=0, le=16)
+    top_k: int = field(10, "children an expansion, and nodes kept a level", ge=1, le=64)
+    temperature: float = field(0.0, "0 is greedy", ge=0)
+    top_p: float = field(1.0, "nucleus of the target's distribution", gt=0, le=1)
+    max_context: int = field(
+        4096, "KV-cache slots, in tokens: prompt, output and tree together", ge=32
+    )
+
+    @property
+    def most_tokens(self) -> int:
+        """Nodes that are ever proposed, the root included; no tree is larger."""
+        return 1 + self.top_k + self.depth * self.top_k**2
+
+    @model_validator(mode="after")
+    def _tree_fits(self) -> DecodeConfig:
+        if self.total_tokens != "auto" and not 1 <= self.total_tokens <= self.most_tokens:
+            raise ValueError(
+                f"decode.total_tokens={self.total_tokens} is outside 1..{self.most_tokens}, which "
+                f"top_k={self.top_k} and depth={self.depth} allow; change one of them"
+            )
+        return self
+
+
+class EvalConfig(Section):
+    """What evaluate_draft measures."""
+
+    prompts: str | None = setting(None, "JSONL of prompts: id, task, messages")
+    max_prompts: int | None = field(
+        None, "take at most so many prompts, spread over tasks; null takes all", ge=1
+    )
+    max_new_tokens: int = field(64, "tokens generated a prompt", ge=1)
+    fixed_total_tokens: tuple[TreeSize, ...] = field(
+        (60,), "tree sizes measured beside decode.total_tokens"
+    )
+    untrained_prompts: int = field(
+        4, "prompts on which an untrained head's accepted length is measured", ge=0
+    )
+    hf_generate_prompts: int = field(
+        4, "prompts on which HF generate is timed as a second baseline", ge=0
+    )
+    cpus: float = field(2.0, "CPUs of the evaluating process; also its threads", gt=0)
+    gpus: float = field(0.0, "GPUs of the evaluating process", ge=0)
+
+
+class ServeConfig(Section):
+    """The HTTP service."""
+
+    host: str = setting("127.0.0.1", "address to listen on")
+    port: int = setting(8000, "port to listen on", ge=1, le=65535)
+    model_name: str = setting("aerie", "the model's name in the API")
+    replicas: int = setting(1, "least decoder replicas", ge=1)
+    max_replicas: int = setting(1, "most decoder replicas under load", ge=1)
+    cpus_per_replica: float = setting(2.0, "CPUs a replica; also its threads", gt=0)
+    gpus_per_replica: float = setting(0.0, "GPUs a replica", ge=0)
+    max_new_tokens: int = setting(512, "tokens generated where a request names no limit", ge=1)
+
+
+class TrackingConfig(Section):
+    """Where metrics go besides <output>/metrics.jsonl."""
+
+    wandb: Literal["disabled", "offline", "online"] = setting("disabled", "Weights & Biases mode")
+    project: str = setting("aerie", "Weights & Biases project")
+
+
+class ClusterConfig(Section):
+    """The Ray cluster that a job runs on."""
+
+    address: str | None = setting(
+        None,
+        "Ray address to connect to, or `local` for a Ray of its own; null takes the cluster of "
+        "the submitted job or RAY_ADDRESS, else local",
+    )
+    can_grow: bool = setting(
+        True, "whether nodes may still join: wait for what is lacking, instead of refusing"
+    )
+    num_cpus: int | None = setting(None, "CPUs of a local Ray; null takes the machine's", ge=1)
+    object_store_mb: int = setting(256, "object store of a local Ray, MB", ge=80)

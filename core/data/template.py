@@ -1,0 +1,201 @@
+"""The chat template: conversations to tokens, and which of them the assistant spoke.
+
+The loss mask covers the assistant's tokens and the token that ends its turn, since both are what
+a model generates. White space that a template puts after that end token, such as ChatML's line
+break, is not covered: generation has stopped by then.
+
+A template that marks its generation (`{% generation %}`) is believed. For all others the spans
+come from the rendering itself: the text of the messages before an answer, with the generation
+prompt, must begin the text of the messages up to and with it, and that must begin the whole text.
+Character spans become token spans by the tokenizer's own offsets.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jinja2
+import numpy as np
+import numpy.typing as npt
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from core.data.conversations import Message
+from core.errors import InputError
+
+Ids = npt.NDArray[np.int32]
+Mask = npt.NDArray[np.uint8]
+
+GENERATION_MARK = re.compile(r"\{%-?\s*generation\b")
+
+
+class TemplateError(InputError):
+    """The tokenizer's chat template cannot be used, or not for this conversation."""
+
+
+def encode_conversation(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], max_length: int
+) -> tuple[Ids, Mask]:
+    """Tokenize a conversation in the tokenizer's chat template.
+
+    Args:
+        tokenizer: with a chat template.
+        messages: ending with the assistant's.
+        max_length: tokens are cut after so many.
+    Returns:
+        input_ids int32 [T] and loss_mask uint8 [T], T <= max_length. The mask is all zero only
+        if the first answer starts behind the cut.
+    Raises:
+        TemplateError: no template, it refuses the messages, or it does not show where the
+            assistant speaks.
+    """
+    if tokenizer.is_fast and GENERATION_MARK.search(chat_template(tokenizer)):
+        ids, mask = _encode_marked(tokenizer, messages)
+        answer_starts_at = int(mask.argmax())
+    else:
+        ids, mask, answer_starts_at = _encode_derived(tokenizer, messages, max_length)
+    if not mask.any() and answer_starts_at < max_length:
+        raise TemplateError(
+            "the loss mask is all zero: the chat template renders nothing for the assistant's "
+            "turns; use the template that the model was trained with"
+        )
+    return ids[:max_length], mask[:max_length]
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
+    """Token ids of the messages, with the generation prompt: what the assistant answers to.
+
+    Raises:
+        TemplateError: no template, or it refuses the messages.
+    """
+    text = render(tokenizer, messages, generation_prompt=True)
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids
+
+
+def render(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, generation_prompt: bool
+) -> str:
+    """The text of the messages in the tokenizer's chat template.
+
+    Raises:
+        TemplateError: no template, or it refuses the messages.
+    """
+    text = _apply(tokenizer, messages, tokenize=False, add_generation_prompt=generation_prompt)
+    assert isinstance(text, str)
+    return text
+
+
+def chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The template's source.
+
+    Raises:
+        TemplateError: the tokenizer has none.
+    """
+    template = tokenizer.chat_template
+    if isinstance(template, dict):
+        template = template.get("default")
+    if not template:
+        raise TemplateError(
+            f"the tokenizer {tokenizer.name_or_path!r} has no chat template; use the instruct "
+            "variant of the model, or put a chat_template.jinja into its folder"
+        )
+    return str(template)
+
+
+def template_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 of the chat template."""
+    return hashlib.sha256(chat_template(tokenizer).encode()).hexdigest()
+
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 of what decides a text's token ids: vocabulary, merges, normalization, …."""
+    if tokenizer.is_fast:
+        content: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
+        # State that calls leave behind.
+        del content["truncation"], content["padding"]
+    else:
+        content = {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab()}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _apply(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], **options: bool) -> Any:
+    chat_template(tokenizer)
+    try:
+        return tokenizer.apply_chat_template([m.as_dict() for m in messages], **options)
+    except (jinja2.TemplateError, ValueError) as error:
+        roles = ", ".join(message.role for message in messages[:6])
+        raise TemplateError(
+            f"the tokenizer's chat template refuses a conversation of {roles}"
+            f"{', …' if len(messages) > 6 else ''}: {error}; leave such conversations out, or use "
+            "another template"
+        ) from error
+
+
+def _encode_marked(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]
+) -> tuple[Ids, Mask]:
+    encoding = _apply(tokenizer, messages, return_dict=True, return_assistant_tokens_mask=True)
+    return (
+        np.asarray(encoding["input_ids"], dtype=np.int32),
+        np.asarray(encoding["assistant_masks"], dtype=np.uint8),
+    )
+
+
+def _encode_derived(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], max_length: int
+) -> tuple[Ids, Mask, int]:
+    """Ids and mask up to the cut at least, and the token at which the first answer starts."""
+    text = render(tokenizer, messages, generation_prompt=False)
+    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=tokenizer.is_fast)
+    ids = np.asarray(encoding["input_ids"], dtype=np.int32)
+    mask = np.zeros(len(ids), dtype=np.uint8)
+    if tokenizer.is_fast:
+        starts = np.asarray([start for start, _ in encoding["offset_mapping"]])
+
+    def first_token_from(place: int) -> int:
+        if tokenizer.is_fast:
+            return int(starts.searchsorted(place))
+        return _num_prefix_tokens(tokenizer, ids, text[:place])
+
+    first_answer: int | None = None
+    for begin, end in _answers(tokenizer, messages, text):
+        start = first_token_from(begin)
+        first_answer = start if first_answer is None else first_answer
+        if start >= max_length:
+            break
+        mask[start : first_token_from(end)] = 1
+    return ids, mask, first_answer or 0
+
+
+def _answers(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], text: str
+) -> Iterator[tuple[int, int]]:
+    """Where each of the assistant's turns begins and ends in the text, in characters."""
+    for number, message in enumerate(messages):
+        if message.role != "assistant":
+            continue
+        before = render(tokenizer, messages[:number], generation_prompt=True)
+        through = render(tokenizer, messages[: number + 1], generation_prompt=False)
+        if not (text.startswith(through) and through.startswith(before)):
+            raise TemplateError(
+                f"the chat template renders message {number} differently once others follow it, "
+                "so that the assistant's tokens cannot be told; put {% generation %} and "
+                "{% endgeneration %} around the assistant's content in the template"
+            )
+        # What is left at the end is the end token, and white space behind it that is not spoken.
+        yield len(before), len(before) + len(through[len(before) :].rstrip())
+
+
+def _num_prefix_tokens(tokenizer: PreTrainedTokenizerBase, ids: Ids, prefix: str) -> int:
+    """Tokens of the beginning of a text, for tokenizers that give no offsets."""
+    prefix_ids = tokenizer(prefix, add_special_tokens=False)["input_ids"]
+    if not np.array_equal(ids[: len(prefix_ids)], prefix_ids):
+        raise TemplateError(
+            f"the tokenizer {tokenizer.name_or_path!r} joins the assistant's first or last token "
+            "with what stands beside it; use its fast variant (tokenizer.json)"
+        )
+    return len(prefix_ids)

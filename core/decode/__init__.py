@@ -1,0 +1,1 @@
+"""Speculative decoding: draft tree, verification, KV cache, tree policy, engine."""

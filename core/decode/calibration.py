@@ -1,0 +1,157 @@
+"""The short measurement behind `decode.total_tokens: auto`."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from core.data.conversations import Message
+from core.data.template import encode_prompt
+from core.decode.engine import SpeculativeDecoder
+from core.decode.policy import (
+    PlanEstimate,
+    RoundCosts,
+    RoundRecord,
+    candidate_plans,
+    choose,
+    estimate,
+    median_seconds,
+)
+from core.decode.tree import DraftTree, TreePlan
+from core.draft.base import DraftNodes
+from core.errors import ConfigError
+
+# Of no benchmark, so that measuring on a benchmark afterwards stays honest.
+QUESTIONS = (
+    "Explain in a few sentences how a bicycle stays upright.",
+    "Write a short Python function that counts the vowels in a string.",
+    "Give me a list of five things to pack for a hike.",
+    "What is the difference between a novel and a short story?",
+)
+NEW_TOKENS = 40
+LARGEST_TREE = 60
+CONTEXT_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What was measured, and the plan that it speaks for."""
+
+    plan: TreePlan
+    costs: RoundCosts
+    estimates: tuple[PlanEstimate, ...]
+    num_rounds: int
+
+    def summary(self) -> dict[str, Any]:
+        """Plain numbers for a report: the plan, and the best estimate of each tree size."""
+        best: dict[int, PlanEstimate] = {}
+        for one in self.estimates:
+            best.setdefault(one.plan.total_tokens, one)
+        return {
+            "total_tokens": self.plan.total_tokens,
+            "depth": self.plan.depth,
+            "top_k": self.plan.top_k,
+            "rounds_measured": self.num_rounds,
+            "plain_step_ms": self.costs.verify[1] * 1e3,
+            "expand_ms": self.costs.expand * 1e3,
+            "by_size": {
+                size: {
+                    "verify_ms": self.costs.verify[size] * 1e3,
+                    "depth": one.plan.depth,
+                    "accepted_length": one.accepted_length,
+                    "speedup": one.speedup,
+                }
+                for size, one in sorted(best.items())
+            },
+        }
+
+
+def calibrate(decoder: SpeculativeDecoder) -> Calibration:
+    """Measure costs and acceptance, and choose the tree of most tokens a second.
+
+    Takes about 400 target passes; the decoder's own plan is left as it is.
+
+    Raises:
+        ConfigError: the decoder has no draft head, or its context is too short to measure.
+    """
+    if decoder.head is None:
+        raise ConfigError("decode.total_tokens=auto needs a draft head; set draft.path")
+    config = decoder.config
+    largest = TreePlan(min(LARGEST_TREE, config.most_tokens), config.depth, config.top_k)
+    plans = candidate_plans(largest)
+    prompts = [
+        encode_prompt(decoder.target.tokenizer, [Message("user", question)])
+        for question in QUESTIONS
+    ]
+    longest = max(len(prompt) for prompt in prompts) + NEW_TOKENS + largest.total_tokens
+    if longest > decoder.max_context:
+        raise ConfigError(
+            f"decode.max_context={decoder.max_context} is too short for the measurement behind "
+            f"decode.total_tokens=auto, which needs {longest}; raise it, or set a fixed tree size"
+        )
+    records = _decode(decoder, prompts, largest)
+    if not records:
+        raise ConfigError(
+            "decode.total_tokens=auto cannot be measured: the target ends every calibration answer "
+            "at once; set a fixed tree size"
+        )
+    costs = _time_rounds(decoder, sorted({1, *(plan.total_tokens for plan in plans)}))
+    estimates = estimate(plans, records, costs)
+    return Calibration(choose(estimates), costs, tuple(estimates), len(records))
+
+
+def _decode(
+    decoder: SpeculativeDecoder, prompts: Sequence[Sequence[int]], largest: TreePlan
+) -> list[RoundRecord]:
+    rounds = itertools.chain.from_iterable(
+        decoder.generate(prompt, max_new_tokens=NEW_TOKENS, temperature=0, plan=largest)
+        for prompt in prompts
+    )
+    return [RoundRecord(done.ranks) for done in rounds if done.tree_size]
+
+
+@torch.inference_mode()
+def _time_rounds(decoder: SpeculativeDecoder, sizes: Sequence[int]) -> RoundCosts:
+    """Time target passes of each size and the head's two calls at a usual context length."""
+    head, target = decoder.head, decoder.target
+    assert head is not None
+    context = min(CONTEXT_TOKENS, decoder.max_context - max(sizes) - 1)
+    ids_T = torch.arange(context) % target.vocab_size
+    decoder.prefill(ids_T)
+    verify = {
+        size: median_seconds(lambda size=size: decoder.verify_only(_star(size)))  # type: ignore[misc]
+        for size in sizes
+    }
+    cache = head.new_cache(context + decoder.config.top_k)
+    hidden_H = torch.zeros(1, target.hidden_size, device=target.device, dtype=target.dtype)
+    features_TLH = hidden_H.expand(context, -1)[:, None]
+    ids_T = ids_T.to(target.device)
+    head.extend(cache, features_TLH, ids_T)
+
+    def extend() -> None:
+        cache.committed = context - 2
+        head.extend(cache, features_TLH[:2], ids_T[:2])
+
+    top_k = min(decoder.config.top_k, head.vocabulary.size)
+    nodes = DraftNodes(
+        hidden_KH=hidden_H.expand(top_k, -1),
+        token_ids_K=ids_T[:top_k],
+        depth=1,
+        sees_KT=torch.eye(top_k, dtype=torch.bool, device=target.device),
+    )
+
+    def expand() -> None:
+        cache.length = cache.committed
+        output = head.step(cache, nodes)
+        output.logits_KW.topk(top_k)
+
+    return RoundCosts(verify, median_seconds(extend), median_seconds(expand))
+
+
+def _star(size: int) -> DraftTree:
+    """A tree of the root and its children, for timing."""
+    return DraftTree(torch.arange(size), (-1, *(0,) * (size - 1)), tuple(range(size)))

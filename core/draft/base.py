@@ -1,0 +1,196 @@
+"""What every draft algorithm offers to training and to decoding.
+
+Shapes: B batch, T tokens, L feature layers, H hidden, V target vocabulary, W draft vocabulary,
+K nodes drafted in one forward pass, C cached draft positions.
+"""
+
+from __future__ import annotations
+
+import importlib
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+from core.config import DraftConfig
+from core.draft.vocabulary import DraftVocabulary
+
+
+@dataclass(frozen=True)
+class TargetGeometry:
+    """What a draft head must share with its target."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope_theta: float
+    max_position_embeddings: int
+
+    @classmethod
+    def of(cls, config: PretrainedConfig) -> TargetGeometry:
+        """Read an HF config (transformers 5 keeps rotary settings in `rope_parameters`)."""
+        text: Any = config.get_text_config()
+        rope = getattr(text, "rope_parameters", None) or {}
+        heads = text.num_attention_heads
+        return cls(
+            vocab_size=text.vocab_size,
+            hidden_size=text.hidden_size,
+            intermediate_size=text.intermediate_size,
+            num_attention_heads=heads,
+            num_key_value_heads=getattr(text, "num_key_value_heads", None) or heads,
+            head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
+            rms_norm_eps=getattr(text, "rms_norm_eps", 1e-6),
+            rope_theta=rope.get("rope_theta", getattr(text, "rope_theta", None) or 10000.0),
+            max_position_embeddings=text.max_position_embeddings,
+        )
+
+
+@dataclass
+class DraftBatch:
+    """A right-padded batch of training sequences.
+
+    Attributes:
+        input_ids_BT: int64 [B, T].
+        features_BTLH: [B, T, L, H] target features of the same tokens.
+        loss_mask_BT: bool [B, T], true where the assistant speaks, false on padding.
+        lengths_B: int64 [B], tokens of each sequence, padding not counted.
+        noise_BTLH: added to the features the head reads, never to the ones it must predict;
+            None for none.
+    """
+
+    input_ids_BT: Tensor
+    features_BTLH: Tensor
+    loss_mask_BT: Tensor
+    lengths_B: Tensor
+    noise_BTLH: Tensor | None = None
+
+
+@dataclass
+class LossSums:
+    """Sums over the supervised tokens of a batch, so that callers can normalize globally.
+
+    Attributes:
+        loss: differentiable scalar, the sum of the tokens' losses.
+        num_tokens: int64 scalar, supervised tokens.
+        sums: detached scalars to be divided by `num_tokens`: parts of the loss, and hits of
+            the target's argmax among the head's top n (`top1`, `top2`, `top3`, `top10`).
+    """
+
+    loss: Tensor
+    num_tokens: Tensor
+    sums: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class DraftCache:
+    """Keys and values of a head with one decoder layer, preallocated; batch 1.
+
+    Rows before `committed` come from true target features and stay; the rest belongs to the
+    present round's tree and is thrown away with it.
+    """
+
+    keys: Tensor
+    values: Tensor
+    committed: int = 0
+    length: int = 0
+
+    @property
+    def max_tokens(self) -> int:
+        """Rows that it has room for."""
+        return self.keys.shape[2]
+
+
+class DraftHead(nn.Module, ABC):
+    """A draft head. The target's embedding and output head are attached, never saved."""
+
+    def __init__(
+        self, config: DraftConfig, geometry: TargetGeometry, vocabulary: DraftVocabulary
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.geometry = geometry
+        self.vocabulary = vocabulary
+
+    @abstractmethod
+    def attach_target(self, embedding_VH: Tensor, output_head_VH: Tensor) -> None:
+        """Give the head the target's frozen embedding and output head, [V, H] each."""
+
+    @abstractmethod
+    def losses(self, batch: DraftBatch) -> LossSums:
+        """Training loss and metrics, summed over supervised tokens."""
+
+    @abstractmethod
+    def new_cache(self, max_tokens: int) -> DraftCache:
+        """An empty cache for sequences of up to `max_tokens` (tree included)."""
+
+    @abstractmethod
+    def extend(self, cache: DraftCache, features_TLH: Tensor, next_ids_T: Tensor) -> DraftOutput:
+        """Read T further committed positions with their true features; keeps them cached.
+
+        Drops what an earlier tree left in the cache.
+        Returns hidden state and logits of the last position alone (one row).
+        """
+
+    @abstractmethod
+    def step(self, cache: DraftCache, nodes: DraftNodes) -> DraftOutput:
+        """Read K tree nodes of one depth, features predicted by the head itself; K rows out."""
+
+    @abstractmethod
+    def eagle_tensors(self) -> dict[str, Tensor]:
+        """Weights by their names in the public EAGLE layout."""
+
+    @abstractmethod
+    def load_eagle_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Take weights by their names in the public EAGLE layout.
+
+        Raises:
+            InputError: a tensor is missing, unknown or of the wrong shape.
+        """
+
+    def prepare_for_inference(self, *, packed: bool) -> None:
+        """Make decoding fast: freeze, and pack linear layers where that is asked for."""
+
+
+@dataclass(frozen=True)
+class DraftOutput:
+    """Result of reading K positions: hidden states [K, H] fed back, and logits [K, W]."""
+
+    hidden_KH: Tensor
+    logits_KW: Tensor
+
+
+@dataclass(frozen=True)
+class DraftNodes:
+    """K tree nodes of one depth.
+
+    Attributes:
+        hidden_KH: the parents' hidden states.
+        token_ids_K: the nodes' tokens, target ids.
+        depth: nodes between them and the last committed token; 1 for the root's children.
+        sees_KT: bool [K, tree rows in the cache + K], which rows of this round's tree each node
+            may attend to: its ancestors and itself. Committed rows are always visible.
+    """
+
+    hidden_KH: Tensor
+    token_ids_K: Tensor
+    depth: int
+    sees_KT: Tensor
+
+
+def build_head(
+    config: DraftConfig, geometry: TargetGeometry, vocabulary: DraftVocabulary, seed: int = 0
+) -> DraftHead:
+    """A new head with random weights that depend on `seed` alone."""
+    module, _, name = config.implementation.partition(":")
+    cls = getattr(importlib.import_module(module), name)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        head: DraftHead = cls(config, geometry, vocabulary)
+    return head

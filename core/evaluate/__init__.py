@@ -1,0 +1,1 @@
+"""Measuring a speculative decoder: accepted length, speedup, losslessness."""

@@ -1,0 +1,171 @@
+"""What speculation brings: accepted length, speedup and losslessness, prompt by prompt.
+
+All ways of decoding answer a prompt one after the other before the next prompt comes, in an order
+that changes with each prompt, so that a machine that slows down slows all of them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from core.decode.engine import SpeculativeDecoder
+from core.decode.tree import TreePlan
+from core.models.target import Target
+
+NEAR_TIE = 1e-4
+REPETITION_NGRAM = 4
+BASELINE = "autoregressive"
+HF_GENERATE = "hf_generate"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One way's answer to one prompt.
+
+    Attributes:
+        way: `autoregressive`, `chosen`, `tree_60`, `untrained_60`, or `hf_generate`.
+        token_ids: generated tokens.
+        seconds: of the whole generation, prompt included.
+        rounds: target passes after the prompt's; 0 where they are not counted.
+        accepted: tokens committed by each of those passes, bonus token included.
+        depths: for each such pass, drafted tokens that verification accepted (uncut).
+        tree_size: nodes a pass.
+    """
+
+    way: str
+    token_ids: tuple[int, ...]
+    seconds: float
+    rounds: int = 0
+    accepted: tuple[int, ...] = ()
+    depths: tuple[int, ...] = ()
+    tree_size: int = 1
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Where an answer first leaves the baseline's.
+
+    Attributes:
+        position: index of the first different token.
+        gap: difference of the target's own two largest logits there.
+    """
+
+    position: int
+    gap: float
+
+    @property
+    def near_tie(self) -> bool:
+        """Whether rounding alone explains it."""
+        return self.gap < NEAR_TIE
+
+
+@dataclass
+class PromptResult:
+    """All answers to one prompt; a line of `outputs.jsonl`."""
+
+    id: str
+    task: str
+    prompt_tokens: int
+    text: str
+    answers: dict[str, Answer] = field(default_factory=dict)
+    differences: dict[str, Difference] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> PromptResult:
+        """The inverse of `as_dict`."""
+        answers = {way: _answer(answer) for way, answer in values["answers"].items()}
+        differences = {way: Difference(**d) for way, d in values["differences"].items()}
+        return cls(**{**values, "answers": answers, "differences": differences})
+
+
+def _answer(values: dict[str, Any]) -> Answer:
+    """JSON knows lists alone; answers hold tuples."""
+    immutable: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
+    }
+    return Answer(**immutable)
+
+
+def decode(
+    decoder: SpeculativeDecoder,
+    way: str,
+    prompt_ids: Sequence[int],
+    max_new_tokens: int,
+    plan: TreePlan,
+) -> Answer:
+    """Answer a prompt greedily with Aerie's decoder."""
+    started = time.perf_counter()
+    rounds = list(
+        decoder.generate(prompt_ids, max_new_tokens=max_new_tokens, temperature=0, plan=plan)
+    )
+    seconds = time.perf_counter() - started
+    after_prompt = [done for done in rounds if done.tree_size]
+    return Answer(
+        way=way,
+        token_ids=tuple(token for done in rounds for token in done.tokens),
+        seconds=seconds,
+        rounds=len(after_prompt),
+        accepted=tuple(len(done.tokens) for done in after_prompt),
+        depths=tuple(len(done.ranks) for done in after_prompt),
+        tree_size=plan.total_tokens,
+    )
+
+
+def hf_generate(target: Target, prompt_ids: Sequence[int], max_new_tokens: int) -> Answer:
+    """Answer a prompt greedily with HF `generate` on the same model object."""
+    ids_1T = torch.tensor([list(prompt_ids)], device=target.device)
+    started = time.perf_counter()
+    with torch.inference_mode():
+        output_1T = target.model.generate(
+            ids_1T,
+            attention_mask=torch.ones_like(ids_1T),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            eos_token_id=sorted(target.eos_token_ids),
+            pad_token_id=min(target.eos_token_ids),
+        )
+    seconds = time.perf_counter() - started
+    return Answer(HF_GENERATE, tuple(output_1T[0, len(prompt_ids) :].tolist()), seconds)
+
+
+def find_difference(
+    target: Target, prompt_ids: Sequence[int], baseline: Answer, answer: Answer
+) -> Difference | None:
+    """Compare an answer with the baseline's; None where they are identical."""
+    mine, wanted = answer.token_ids, baseline.token_ids
+    if mine == wanted:
+        return None
+    same = 0
+    while same < min(len(mine), len(wanted)) and mine[same] == wanted[same]:
+        same += 1
+    ids_1T = torch.tensor([[*prompt_ids, *wanted[:same]]])
+    logits_V = target.logits(target.features(ids_1T)[0, -1:])[0].float()
+    first, second = logits_V.topk(2).values.tolist()
+    return Difference(same, first - second)
+
+
+def repetition_rate(token_ids: Sequence[int]) -> float:
+    """Share of 4-grams that occurred before in the same answer, 0..1.
+
+    Greedy text of small models loops, and loops are easy to draft: an accepted length means
+    little without this number beside it.
+    """
+    grams = [
+        tuple(token_ids[i : i + REPETITION_NGRAM])
+        for i in range(len(token_ids) - REPETITION_NGRAM + 1)
+    ]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def tree_way(total_tokens: int, kind: str = "tree") -> str:
+    """Name of the way that decodes with a fixed tree size."""
+    return f"{kind}_{total_tokens}"

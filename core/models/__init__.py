@@ -1,0 +1,1 @@
+"""Target models: loading, conversion, reading single weights, packing linear layers."""

@@ -1,0 +1,82 @@
+"""Turn checkpoints of other kinds into an HF folder that every other stage reads."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from core.config import ConvertConfig
+from core.errors import ConfigError, InputError
+from core.models.target import quiet_transformers
+from core.models.tiny import save_tiny_target
+from core.paths import resolve_path
+
+TINY_RANDOM = "tiny-random"
+
+
+def convert(config: ConvertConfig, folder: Path) -> dict[str, Any]:
+    """Write `config.source` to `folder` as safetensors with tokenizer; returns its figures.
+
+    The folder appears whole or not at all.
+
+    Raises:
+        ConfigError: no source, or one of a kind that is not supported.
+        InputError: the file does not exist or is not a GGUF file.
+    """
+    aside = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    dtype: torch.dtype = getattr(torch, config.dtype)
+    quiet_transformers()
+    if config.source == TINY_RANDOM:
+        save_tiny_target(aside, config.seed, dtype)
+    else:
+        _convert_gguf(gguf_path(config), aside, dtype)
+    shutil.rmtree(folder, ignore_errors=True)
+    aside.rename(folder)
+    files = sorted(folder.glob("*.safetensors"))
+    return {
+        "bytes": sum(file.stat().st_size for file in files),
+        "parameters": sum(_count_parameters(file) for file in files),
+    }
+
+
+def gguf_path(config: ConvertConfig) -> Path:
+    """The GGUF file that `convert.source` names."""
+    if config.source is None:
+        raise ConfigError("convert.source is not set; give a .gguf file")
+    path = resolve_path(config.source, field="convert.source")
+    if path.suffix != ".gguf":
+        raise ConfigError(
+            f"convert.source={config.source}: only .gguf files and `{TINY_RANDOM}` are supported"
+        )
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise InputError(f"convert.source={path} is not a GGUF file (no GGUF magic)")
+    return path
+
+
+def _count_parameters(file: Path) -> int:
+    with safe_open(file, framework="pt") as tensors:
+        return sum(math.prod(tensors.get_slice(n).get_shape()) for n in tensors.keys())  # noqa: SIM118
+
+
+def _convert_gguf(path: Path, folder: Path, dtype: torch.dtype) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    # Its progress bar, which no setting turns off, fills a job's log with hundreds of lines.
+    bar = sys.stderr if sys.stderr.isatty() else io.StringIO()
+    with contextlib.redirect_stderr(bar):
+        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype)
+    # The weights are dequantized now; transformers refuses to save a model that says otherwise.
+    model.hf_quantizer = None
+    model.config.__dict__.pop("quantization_config", None)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

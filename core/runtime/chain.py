@@ -1,0 +1,143 @@
+"""The main job: all stages of the flow, one after the other, and one report of them."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from core.config import Config, load_config
+from core.errors import ConfigError
+from core.evaluate.page import print_table, read_samples, write_page
+from core.paths import resolve_path
+from core.progress import say
+from core.provenance import RunFolder
+from core.runtime import job as jobs
+from core.runtime.connect import connect, inside_submitted_job, jobs_api_is_free, ray_address
+from core.runtime.evaluation import check_tree_sizes
+from core.runtime.job import Job, Report
+from core.runtime.resources import Resources, check_resources
+from core.runtime.submit import submit
+
+SECTIONS = ("convert", "target", "data", "features", "draft", "train", "decode", "eval")
+
+
+def chain_resources(config: Config) -> Resources:
+    """The most that any stage needs at one time."""
+    train, evaluation, features = config.train, config.eval, config.features
+    return Resources(
+        cpus=max(
+            features.cpus_per_replica, train.num_workers * train.cpus_per_worker, evaluation.cpus
+        ),
+        gpus=max(
+            features.gpus_per_replica, train.num_workers * train.gpus_per_worker, evaluation.gpus
+        ),
+        disk_gb=2.0,
+        because="the CPUs and GPUs of the sections features, train and eval",
+    )
+
+
+def stage_config(config: Config, name: str) -> Config:
+    """The config of one stage: what the stages before it wrote is its input."""
+    output = Path(config.output or "")
+    if name == "convert_model":
+        return config.replace(output=str(output / "target"))
+    config = config.replace(target={"path": str(output / "target" / "model")})
+    if name == "prepare_data":
+        return config.replace(output=str(output / "examples"))
+    if name == "extract_features":
+        # Features are extracted in the dtype that they are stored in; decoding has its own.
+        return config.replace(
+            output=str(output / "features"),
+            target={"dtype": config.features.dtype},
+            data={"examples": str(output / "examples")},
+        )
+    if name == "train_draft":
+        return config.replace(
+            output=str(output / "draft"), features={"path": str(output / "features")}
+        )
+    assert name == "evaluate_draft", name
+    return config.replace(
+        output=str(output / "evaluation"),
+        draft={"path": str(output / "draft" / "head")},
+        eval={"prompts": str(output / "examples" / "prompts.jsonl")},
+    )
+
+
+def data_input(config: Config) -> dict[str, Path]:
+    """The conversations, which must be there before the first stage starts.
+
+    What later stages would refuse is refused here too, before anything is computed.
+    """
+    if not config.data.path:
+        raise ConfigError("data.path is not set; give a JSON or JSONL file of conversations")
+    check_tree_sizes(config)
+    made_here = {
+        "target.path": config.target.path,
+        "data.examples": config.data.examples,
+        "features.path": config.features.path,
+        "draft.path": config.draft.path,
+        "eval.prompts": config.eval.prompts,
+    }
+    if given := [name for name, value in made_here.items() if value is not None]:
+        raise ConfigError(
+            f"{', '.join(given)}: the main job makes its own; leave it out, or run the jobs one by "
+            "one with it (README, `Your own model, data and cluster`)"
+        )
+    return {"data.path": resolve_path(config.data.path, field="data.path")}
+
+
+def run_chain(config: Config, folder: RunFolder, stages: Sequence[Job]) -> Report:
+    """Run the stages in order; those that have finished before are skipped."""
+    reports: dict[str, Mapping[str, Any]] = {}
+    for number, stage in enumerate(stages, start=1):
+        say("quickstart", f"stage {number} of {len(stages)}: {stage.name}")
+        reports[stage.name] = jobs.run_stage(stage, stage_config(config, stage.name))
+    page = write_page(folder.path, reports, read_samples(folder.path / "evaluation"))
+    print_table(reports["evaluate_draft"])
+    say("quickstart", f"report: {page}")
+    return {"stages": reports}
+
+
+def main(job: Job, argv: Sequence[str] | None = None) -> int:
+    """Run a chain where it is: in a submitted job, or in a Ray started here that it submits to.
+
+    Everything that the configuration and the inputs can have wrong is said before Ray starts.
+    """
+    arguments = jobs.parse(job, argv)
+    return jobs.guarded(lambda: _run_or_submit(job, arguments), job.name)
+
+
+def _run_or_submit(job: Job, arguments: argparse.Namespace) -> int:
+    config = load_config(arguments.config, arguments.overrides)
+    jobs.check_output(config)
+    job.inputs(config)
+    if arguments.dry_run or inside_submitted_job() or ray_address(config.cluster) != "local":
+        return jobs.act(job, arguments)
+    if not jobs_api_is_free():
+        say(job.name, "another Ray on this machine holds the jobs API's port; running right here")
+        return jobs.act(job, arguments)
+    return _submit_here(job, config, arguments.config, arguments.overrides)
+
+
+def _submit_here(job: Job, config: Config, path: str | None, overrides: Sequence[str]) -> int:
+    connect(config.cluster, dashboard=True)
+    check_resources(job.resources(config), config, job.name)
+    address = f"http://{ray.get_runtime_context().worker.node.webui_url}"
+    say(job.name, f"Ray's dashboard: {address}")
+    # A submitted job runs in a copy of the working directory, where relative paths are lost.
+    output = Path(config.output or "").expanduser().absolute()
+    # The address too, since Ray tells a job that of whichever Ray was started last here.
+    address_here = ray.get_runtime_context().gcs_address
+    command = [*(["--config", str(Path(path).absolute())] if path else []), *overrides]
+    command += [f"output={output}", f"cluster.address={address_here}", "cluster.can_grow=false"]
+    command += [f"{name}={place.absolute()}" for name, place in job.inputs(config).items()]
+    try:
+        # This Ray has this environment, which need not be on the PATH.
+        return submit(f"jobs.{job.name}", command, address, python=sys.executable)
+    finally:
+        ray.shutdown()

@@ -1,0 +1,109 @@
+"""The one place that connects to Ray."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from core.config import ClusterConfig
+
+# Ray sets this in the driver of a submitted job; its working directory is uploaded already.
+SUBMITTED_JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+
+WORKING_DIRECTORY = Path.cwd()
+UNPACK_SECONDS = 30.0
+
+JOBS_AGENT_PORT = 52365
+TOKEN_LOGGER = "ray._private.authentication.authentication_token_setup"
+
+# Ray's workers must not each start a thread pool as large as the machine.
+WORKER_ENVIRONMENT = {"TOKENIZERS_PARALLELISM": "false"}
+
+
+def inside_submitted_job() -> bool:
+    """Whether this process is the entrypoint of a job that Ray started."""
+    return SUBMITTED_JOB_VARIABLE in os.environ
+
+
+def return_to_working_directory() -> None:
+    """Enter the working directory again, in case Ray has unpacked it anew.
+
+    Raylets that share a machine share the folder, and the second one to need it replaces it,
+    which leaves a running job in a folder that is deleted.
+    """
+    deadline = time.monotonic() + UNPACK_SECONDS
+    while inside_submitted_job():
+        try:
+            os.chdir(WORKING_DIRECTORY)
+        except FileNotFoundError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.2)
+        else:
+            return
+
+
+def ray_address(config: ClusterConfig) -> str:
+    """The address that `connect` will use: `local`, `auto` (the job's cluster), or explicit."""
+    if config.address:
+        return config.address
+    if inside_submitted_job():
+        return "auto"
+    # Never Ray's own default: it would try a cluster that was killed and left its address behind.
+    return os.environ.get("RAY_ADDRESS") or "local"
+
+
+def on_cluster(config: ClusterConfig) -> bool:
+    """Whether other machines may be involved, so that relative paths mean nothing."""
+    return ray_address(config) != "local"
+
+
+def jobs_api_is_free(wait_seconds: float = 30.0) -> bool:
+    """Whether a Ray started here can offer the jobs API.
+
+    Its agent has a fixed port, which another Ray on this machine may hold; one that was killed
+    gives it back within seconds, hence the wait.
+    """
+    deadline = time.monotonic() + wait_seconds
+    while True:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("", JOBS_AGENT_PORT))
+            except OSError:
+                if time.monotonic() > deadline:
+                    return False
+            else:
+                return True
+        time.sleep(0.5)
+
+
+def connect(config: ClusterConfig, *, dashboard: bool = False) -> None:
+    """Connect to Ray, or start it on this machine; does nothing if that has been done.
+
+    Args:
+        config: which Ray.
+        dashboard: start the dashboard, and with it the jobs API, where Ray is started here.
+    """
+    if ray.is_initialized():
+        return
+    address = ray_address(config)
+    environment: dict[str, Any] = {"env_vars": WORKER_ENVIRONMENT}
+    settings: dict[str, Any] = {}
+    if address == "local":
+        # It announces that the token is on, which is as it should be on a machine of one's own.
+        logging.getLogger(TOKEN_LOGGER).setLevel(logging.ERROR)
+        settings = {
+            "num_cpus": config.num_cpus,
+            "object_store_memory": config.object_store_mb * 10**6,
+            "include_dashboard": dashboard,
+        }
+    elif not inside_submitted_job():
+        environment["working_dir"] = "."
+    ray.init(address=address, runtime_env=environment, logging_level="warning", **settings)

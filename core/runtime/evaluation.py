@@ -1,0 +1,172 @@
+"""The stage evaluate_draft: one process that is alone on its CPUs or GPU, so that time counts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+
+from core.config import Config
+from core.data.prompts import Prompt, read_prompts
+from core.decode.tree import TreePlan
+from core.draft.folder import read_record
+from core.errors import ConfigError, InputError
+from core.evaluate.plots import plot_evaluation
+from core.evaluate.session import EvaluationSession, select_prompts
+from core.evaluate.speculation import PromptResult
+from core.evaluate.summary import summarize
+from core.models.target import target_folder
+from core.paths import resolve_path, write_atomically
+from core.progress import Progress, say
+from core.provenance import RunFolder
+from core.runtime.resources import Resources
+
+STAGE = "evaluate_draft"
+
+
+def evaluation_inputs(config: Config) -> dict[str, Path]:
+    """Target, draft head and prompts.
+
+    Raises:
+        UserError: one of them is not set or not there.
+    """
+    if not config.eval.prompts:
+        raise ConfigError("eval.prompts is not set; give a JSONL of prompts (id, task, messages)")
+    if not config.draft.path:
+        raise ConfigError("draft.path is not set; give a draft head's folder (<output>/head)")
+    check_tree_sizes(config)
+    head = resolve_path(config.draft.path, field="draft.path")
+    read_record(head)
+    return {
+        "target.path": target_folder(config.target.path),
+        "draft.path": head,
+        "eval.prompts": resolve_path(config.eval.prompts, field="eval.prompts"),
+    }
+
+
+def check_tree_sizes(config: Config) -> None:
+    """Raise ConfigError where a fixed tree size is more than top-k and depth can fill."""
+    decode = config.decode
+    for size in config.eval.fixed_total_tokens:
+        if size > decode.most_tokens:
+            raise ConfigError(
+                f"eval.fixed_total_tokens: {size} is outside 1..{decode.most_tokens}, which "
+                f"decode.top_k={decode.top_k} and decode.depth={decode.depth} allow; change one "
+                "of them"
+            )
+
+
+def evaluation_resources(config: Config) -> Resources:
+    """One evaluating process."""
+    return Resources(cpus=config.eval.cpus, gpus=config.eval.gpus, because="eval.cpus, eval.gpus")
+
+
+class Evaluator:
+    """Ray actor around an `EvaluationSession`."""
+
+    def __init__(self, config: Config, chosen: TreePlan | None) -> None:
+        threads = max(1, int(config.eval.cpus))
+        self.session = EvaluationSession(config, threads, chosen)
+
+    def about(self) -> dict[str, Any]:
+        """The chosen tree, how it was chosen, and the machine."""
+        device = self.session.decoder.target.device
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+        chosen = self.session.chosen
+        return {
+            "chosen": {"total_tokens": chosen.total_tokens, "depth": chosen.depth},
+            "calibration": self.session.calibration,
+            "device": name,
+            "threads": torch.get_num_threads(),
+        }
+
+    def check_prompts(self, prompts: list[Prompt]) -> None:
+        """See `EvaluationSession.check_prompts`."""
+        self.session.check_prompts(prompts)
+
+    def answer_all(self, prompts: list[tuple[int, Prompt]]) -> Iterator[dict[str, Any]]:
+        """Results one by one, as they are ready; the number of a prompt is its turn."""
+        for turn, prompt in prompts:
+            yield self.session.answer(prompt, turn).as_dict()
+
+
+def evaluate_draft(config: Config, folder: RunFolder) -> Mapping[str, Any]:
+    """Answer all prompts, write `outputs.jsonl` as they come, then plots and the report."""
+    prompts = select_prompts(
+        read_prompts(resolve_path(config.eval.prompts or "", field="eval.prompts")),
+        config.eval.max_prompts,
+    )
+    if not prompts:
+        raise InputError(f"eval.prompts={config.eval.prompts} holds no prompt")
+    outputs = folder.path / "outputs.jsonl"
+    results = _read_outputs(outputs)
+    about_file = folder.path / "about.json"
+    about = json.loads(about_file.read_text()) if about_file.exists() else None
+    unanswered = [(i, p) for i, p in enumerate(prompts) if p.id not in results]
+    if unanswered:
+        evaluator = _start_evaluator(config, about)
+        ray.get(evaluator.check_prompts.remote(prompts))
+        if about is None:
+            say(STAGE, "loading, and measuring which tree size pays")
+            about = ray.get(evaluator.about.remote())
+            write_atomically(about_file, json.dumps(about).encode())
+        say(STAGE, f"chosen tree: {about['chosen']['total_tokens']} nodes")
+        _collect(evaluator, unanswered, len(prompts), outputs, results)
+        ray.kill(evaluator)
+    report = {**summarize([results[p.id] for p in prompts]), **(about or {})}
+    report["settings"] = {
+        "dtype": config.target.dtype,
+        "max_new_tokens": config.eval.max_new_tokens,
+        "temperature": 0,
+    }
+    plot_evaluation(report, folder.path)
+    return report
+
+
+def _start_evaluator(config: Config, about: dict[str, Any] | None) -> Any:
+    chosen = None
+    if about is not None:
+        chosen = TreePlan(**about["chosen"], top_k=config.decode.top_k)
+    options = {
+        "num_cpus": config.eval.cpus,
+        "num_gpus": config.eval.gpus,
+        # OpenMP reads this when torch is loaded, before any code of ours runs.
+        "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(max(1, int(config.eval.cpus)))}},
+    }
+    return ray.remote(Evaluator).options(**options).remote(config, chosen)
+
+
+def _collect(
+    evaluator: Any,
+    unanswered: list[tuple[int, Prompt]],
+    total: int,
+    outputs: Path,
+    results: dict[str, PromptResult],
+) -> None:
+    stream = evaluator.answer_all.options(num_returns="streaming").remote(unanswered)
+    with (
+        Progress(STAGE, total, "prompts", skipped=total - len(unanswered)) as progress,
+        outputs.open("a", encoding="utf-8") as file,
+    ):
+        for reference in stream:
+            values = ray.get(reference)
+            file.write(json.dumps(values, ensure_ascii=False) + "\n")
+            file.flush()
+            results[values["id"]] = PromptResult.from_dict(values)
+            tokens = sum(len(a["token_ids"]) for a in values["answers"].values())
+            progress.advance(1, tokens=tokens)
+
+
+def _read_outputs(path: Path) -> dict[str, PromptResult]:
+    """Results of an interrupted run; a line that was cut off in writing is left out."""
+    if not path.exists():
+        return {}
+    # Not splitlines: it also splits at U+2028 and the like, which JSON strings may hold.
+    complete = [line + "\n" for line in path.read_text("utf-8").split("\n")[:-1]]
+    write_atomically(path, "".join(complete).encode())
+    found = [PromptResult.from_dict(json.loads(line)) for line in complete]
+    return {result.id: result for result in found}

@@ -1,0 +1,359 @@
+"""extract_features: a pool of target replicas turns example shards into feature shards.
+
+Each shard is computed by one replica and written by it, so that only a row of figures travels
+back. A shard's bytes depend on its examples, the target and the batch budget alone.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import ray
+import torch
+from ray.data import ActorPoolStrategy, DataContext
+from transformers import AutoConfig
+
+from core import errors
+from core.config import Config, FeaturesConfig, TargetConfig
+from core.data.examples import SPLITS, example_shards, read_examples, read_metadata
+from core.data.feature_shards import (
+    Manifest,
+    ShardRecord,
+    finished_record,
+    read_manifest,
+    remove_leftovers,
+)
+from core.data.template import tokenizer_hash
+from core.errors import AerieError, InputError, MismatchError, StageError
+from core.models.features import extract_shard
+from core.models.target import (
+    Target,
+    load_target,
+    load_tokenizer,
+    target_fingerprint,
+    target_folder,
+)
+from core.paths import TEMPORARY, resolve_path
+from core.progress import Progress, say
+from core.provenance import RunFolder
+from core.runtime.resources import Resources
+
+STAGE = "extract_features"
+# A shard that took its replica down so often (out of memory, most likely) ends the run.
+MAX_ATTEMPTS = 4
+
+
+def extraction_inputs(config: Config) -> Mapping[str, Path]:
+    """The paths that the features are made from."""
+    return {
+        "data.examples": resolve_path(
+            _required(config.data.examples, "data.examples"), field="data.examples"
+        ),
+        "target.path": target_folder(config.target.path),
+    }
+
+
+def extraction_resources(config: Config) -> Resources:
+    """One replica, and the disk that the features will still take."""
+    paths = extraction_inputs(config)
+    hidden_size = _text_config(paths["target.path"]).hidden_size
+    itemsize = getattr(torch, config.features.dtype).itemsize
+    tokens = sum(
+        _num_tokens(shard)
+        for split in SPLITS
+        for shard in example_shards(paths["data.examples"], split)
+    )
+    there = sum(f.stat().st_size for f in Path(config.output or ".").glob("*/shard-*.safetensors"))
+    return Resources(
+        cpus=config.features.cpus_per_replica,
+        gpus=config.features.gpus_per_replica,
+        disk_gb=max(0, tokens * (hidden_size * itemsize + 5) - there) / 1e9,
+        because="features.cpus_per_replica, features.gpus_per_replica",
+    )
+
+
+def extract_features(config: Config, folder: RunFolder) -> Mapping[str, Any]:
+    """Compute the feature shards that are not finished yet; returns the report.
+
+    Raises:
+        MismatchError: the examples were made with another tokenizer, or the folder holds features
+            of another target.
+        StageError: replicas kept crashing.
+    """
+    started = time.time()
+    paths = extraction_inputs(config)
+    manifest = plan_manifest(config, paths["data.examples"], paths["target.path"])
+    output = folder.path.absolute()
+    _check_folder(output, manifest)
+    manifest.write(output)
+    tasks = _unfinished(paths["data.examples"], output, manifest)
+    total = sum(len(stems) for stems in manifest.shards.values())
+    skipped = total - len(tasks)
+    replicas = _num_replicas(config.features, len(tasks))
+    results = _Results()
+    with Progress(STAGE, total=total, unit="shards", skipped=skipped) as progress:
+        if tasks:
+            say(STAGE, f"loading the target in {replicas} replica(s)")
+            for row in _run_pool(tasks, replicas, config, manifest):
+                results.add(row)
+                progress.advance(1, tokens=row["tokens"])
+    remove_leftovers(output, older_than=started)
+    records = _records(output, manifest)
+    tokens = {split: sum(r.tokens for r in found) for split, found in records.items()}
+    padded = sum(r.padded_tokens for found in records.values() for r in found)
+    return {
+        "train_tokens": tokens["train"],
+        "held_out_tokens": tokens["held_out"],
+        "shards": total,
+        "shards_before": skipped,
+        "tokens_per_second": results.tokens_per_second,
+        "padding_waste": 1 - sum(tokens.values()) / padded,
+        "bytes": sum(r.bytes for found in records.values() for r in found),
+        "replicas": replicas,
+        "nodes": len(results.nodes),
+        "hidden_size": manifest.hidden_size,
+        "features_dtype": manifest.dtype,
+        "seconds": time.time() - started,
+    }
+
+
+def plan_manifest(config: Config, examples: Path, target: Path) -> Manifest:
+    """What the features of these examples by this target will be.
+
+    Raises:
+        InputError: there are no examples.
+        MismatchError: the examples were made with another tokenizer.
+    """
+    shards = {split: tuple(example_shards(examples, split)) for split in SPLITS}
+    if not shards["train"]:
+        raise InputError(f"data.examples={examples}: no examples; run prepare_data again")
+    metadata = read_metadata(shards["train"][0])
+    if tokenizer_hash(load_tokenizer(target)) != metadata.tokenizer_hash:
+        raise MismatchError(
+            f"data.examples={examples} was made with another tokenizer than that of "
+            f"target.path={config.target.path}; run prepare_data with this target, or set "
+            "target.path to the model whose tokenizer made the examples"
+        )
+    model = _text_config(target)
+    return Manifest(
+        target=target_fingerprint(target),
+        feature_layers=(model.num_hidden_layers,),
+        final_norm=True,
+        dtype=config.features.dtype,
+        hidden_size=model.hidden_size,
+        vocab_size=model.vocab_size,
+        max_length=metadata.max_length,
+        tokenizer_hash=metadata.tokenizer_hash,
+        template_hash=metadata.template_hash,
+        shards={split: tuple(shard.stem for shard in found) for split, found in shards.items()},
+    )
+
+
+@dataclass(frozen=True)
+class _ReplicaSettings:
+    target: TargetConfig
+    features: FeaturesConfig
+    manifest: Manifest
+
+
+class _Replica:
+    """One target, in an actor of Ray Data's pool."""
+
+    def __init__(self, settings: _ReplicaSettings) -> None:
+        self.settings = settings
+
+    @cached_property
+    def target(self) -> Target:
+        """Loaded at the first shard, where a user's error can be reported like any other."""
+        threads = max(1, int(self.settings.features.cpus_per_replica))
+        target = load_target(self.settings.target, num_threads=threads)
+        if target.fingerprint != self.settings.manifest.target:
+            raise MismatchError(
+                f"target.path={self.settings.target.path} is another model on this node "
+                f"({ray.util.get_node_ip_address()}) than where the job was started; "
+                "give a folder that every node mounts"
+            )
+        return target
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
+        """Compute one shard; the row says what came of it."""
+        (examples,), (shard,) = batch["examples"], batch["shard"]
+        row: dict[str, Any] = {"shard": str(shard), "tokens": 0, "error": "", "kind": ""}
+        row["started"] = time.time()
+        try:
+            # A replica may die between finishing a shard and saying so.
+            record = finished_record(Path(shard), self.settings.manifest)
+            if record is None:
+                _count_attempt(Path(shard))
+                target = self.target
+                row["started"] = time.time()
+                source = read_examples(Path(examples))
+                budget = self.settings.features.batch_tokens
+                record = extract_shard(target, source, Path(shard), self.settings.manifest, budget)
+                _attempts(Path(shard)).unlink(missing_ok=True)
+            row["tokens"] = record.tokens
+        except AerieError as error:
+            # As a row it reaches the driver as one message, not as Ray's nested tracebacks.
+            row["error"], row["kind"] = str(error), type(error).__name__
+        node = ray.get_runtime_context().get_node_id()
+        row.update(ended=time.time(), node=node)
+        return {key: [value] for key, value in row.items()}
+
+
+class _Results:
+    """What the rows of the replicas add up to."""
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self.nodes: set[str] = set()
+        self._started, self._ended = float("inf"), 0.0
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        if row["error"]:
+            raise getattr(errors, row["kind"], InputError)(row["error"])
+        self.tokens += int(row["tokens"])
+        self.nodes.add(row["node"])
+        self._started = min(self._started, row["started"])
+        self._ended = max(self._ended, row["ended"])
+
+    @property
+    def tokens_per_second(self) -> float:
+        """From the first shard's start to the last one's end; loading is not in it."""
+        return self.tokens / max(self._ended - self._started, 1e-9) if self.tokens else 0.0
+
+
+def _run_pool(
+    tasks: Sequence[dict[str, str]], replicas: int, config: Config, manifest: Manifest
+) -> Iterator[Mapping[str, Any]]:
+    _quiet_ray_data()
+    target = config.target
+    if Path(str(target.path)).expanduser().is_dir():
+        absolute = str(Path(str(target.path)).expanduser().absolute())
+        target = target.model_copy(update={"path": absolute})
+    most = min(config.features.num_replicas, len(tasks))
+    rows = ray.data.from_items(list(tasks), override_num_blocks=len(tasks)).map_batches(
+        _Replica,
+        fn_constructor_args=(_ReplicaSettings(target, config.features, manifest),),
+        batch_size=1,
+        # At least one, so that when a node is lost for good the others can finish its work.
+        compute=ActorPoolStrategy(
+            min_size=1,
+            initial_size=replicas,
+            max_size=max(replicas, most),
+            # A shard takes long enough that queueing a second behind it gains nothing.
+            max_tasks_in_flight_per_actor=1,
+        ),
+        num_cpus=config.features.cpus_per_replica,
+        num_gpus=config.features.gpus_per_replica or None,
+    )
+    # Ray Data spreads the actors over the nodes and restarts them, with their shard, for ever.
+    yield from rows.iter_rows()
+
+
+def _attempts(shard: Path) -> Path:
+    """A file as long as there were attempts at a shard; it outlives a replica that crashes."""
+    return shard.with_name(f".{shard.name}.attempts{TEMPORARY}")
+
+
+def _count_attempt(shard: Path) -> None:
+    shard.parent.mkdir(parents=True, exist_ok=True)
+    with _attempts(shard).open("ab") as file:
+        file.write(b".")
+    if _attempts(shard).stat().st_size > MAX_ATTEMPTS:
+        raise StageError(
+            f"{MAX_ATTEMPTS} replicas crashed while they computed {shard}; out of memory? "
+            "Lower features.batch_tokens or features.num_replicas"
+        )
+
+
+def _quiet_ray_data() -> None:
+    """Our own progress lines say it."""
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    # With one shard in flight a replica is fully used at 1.0.
+    context.autoscaling_config.actor_pool_util_upscaling_threshold = 1.0
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    # It warns that the bars are off.
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
+
+
+def _num_replicas(features: FeaturesConfig, num_tasks: int) -> int:
+    """As many as asked for, as there are shards, and as the nodes hold now; at least one."""
+    hold = 0
+    for node in ray.nodes():
+        if node["Alive"]:
+            there = node["Resources"]
+            fits = there.get("CPU", 0.0) // features.cpus_per_replica
+            if features.gpus_per_replica:
+                fits = min(fits, there.get("GPU", 0.0) // features.gpus_per_replica)
+            hold += int(fits)
+    if num_tasks and hold < min(features.num_replicas, num_tasks):
+        say(STAGE, f"features.num_replicas={features.num_replicas}, of which {hold} fit now")
+    return min(features.num_replicas, num_tasks, max(1, hold))
+
+
+def _check_folder(folder: Path, manifest: Manifest) -> None:
+    if (folder / "manifest.json").exists():
+        before = read_manifest(folder)
+        if before.target != manifest.target:
+            raise MismatchError(
+                f"output={folder} holds features of the target {before.target[:12]}, this target "
+                f"is {manifest.target[:12]}; choose another output or pass overwrite=true"
+            )
+
+
+def _unfinished(examples: Path, folder: Path, manifest: Manifest) -> list[dict[str, str]]:
+    """One row a shard that is still to be computed."""
+    tasks = []
+    for split in SPLITS:
+        for source in example_shards(examples, split):
+            shard = folder / split / f"{source.stem}.safetensors"
+            if finished_record(shard, manifest) is None:
+                _attempts(shard).unlink(missing_ok=True)
+                tasks.append({"examples": str(source.absolute()), "shard": str(shard)})
+    return tasks
+
+
+def _records(folder: Path, manifest: Manifest) -> dict[str, list[ShardRecord]]:
+    records: dict[str, list[ShardRecord]] = {split: [] for split in manifest.shards}
+    for split, stems in manifest.shards.items():
+        for stem in stems:
+            shard = folder / split / f"{stem}.safetensors"
+            record = finished_record(shard, manifest)
+            if record is None:
+                raise StageError(
+                    f"{shard} was computed on another node and is not to be seen here; output "
+                    "must be on a file system that every node mounts"
+                )
+            records[split].append(record)
+    return records
+
+
+def _num_tokens(shard: Path) -> int:
+    """Tokens of an example shard, from the file's footer alone."""
+    footer = pq.read_metadata(shard)
+    total = 0
+    for group in range(footer.num_row_groups):
+        for column in range(footer.num_columns):
+            chunk = footer.row_group(group).column(column)
+            if chunk.path_in_schema.startswith("input_ids."):
+                total += chunk.num_values
+    return total
+
+
+def _text_config(target: Path) -> Any:
+    return AutoConfig.from_pretrained(target).get_text_config()
+
+
+def _required(value: str | None, field: str) -> str:
+    if not value:
+        raise errors.ConfigError(f"{field} is not set; give the folder that prepare_data wrote")
+    return value

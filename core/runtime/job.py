@@ -1,0 +1,216 @@
+"""What all jobs share: the command line, the run folder, skipping, exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from ray.exceptions import RayTaskError
+
+from core.config import Config, describe, load_config
+from core.errors import EXIT_DONE, EXIT_FAILURE, EXIT_USER_ERROR, ConfigError, UserError
+from core.progress import say
+from core.provenance import RunFolder
+from core.runtime.connect import connect, on_cluster, return_to_working_directory
+from core.runtime.resources import Resources, check_resources, describe_resources
+
+Report = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A stage of the flow, as `python -m jobs.<name>` runs it.
+
+    Attributes:
+        name: the module's name in `jobs`.
+        summary: what it does, for `--help`.
+        sections: the config sections that it reads; they make up the run's identity.
+        inputs: resolves the input paths (config field → path) or raises InputError.
+        run: does the work, given the started run folder, and returns the report.
+        resources: what it needs at one time.
+        uses_ray: whether `run` needs a Ray connection.
+        of_parts: whether it is made of other jobs, each with a run folder of its own.
+        actions: further flags, such as `--verify`, each a function of the config and the flag's
+            value (None for a switch) that prints.
+    """
+
+    name: str
+    summary: str
+    sections: tuple[str, ...]
+    inputs: Callable[[Config], Mapping[str, Path]]
+    run: Callable[[Config, RunFolder], Report]
+    resources: Callable[[Config], Resources] = lambda config: Resources()
+    uses_ray: bool = True
+    of_parts: bool = False
+    actions: Mapping[str, Action] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Action:
+    """A flag that looks at a job's results instead of making them."""
+
+    help: str
+    run: Callable[[Config, int], None]
+    metavar: str | None = None
+
+
+def run_stage(job: Job, config: Config) -> Report:
+    """Run a job, or return the report of the same run if it has finished before.
+
+    Raises:
+        UserError: a wrong config or input, before any expensive work.
+    """
+    return_to_working_directory()
+    check_output(config)
+    # Workers may have another working directory.
+    config = config.replace(output=str(Path(config.output or "").expanduser().absolute()))
+    folder = RunFolder(job.name, config, job.sections, job.inputs(config))
+    if folder.finished and not job.of_parts:
+        say(job.name, f"finished before, skipped: {folder.path}")
+        return folder.report()
+    if job.uses_ray:
+        connect(config.cluster)
+    check_resources(job.resources(config), config, job.name)
+    folder.start(of_parts=job.of_parts)
+    say(job.name, f"→ {folder.path}")
+    try:
+        return folder.finish(job.run(config, folder))
+    except UserError:
+        # Nothing was made yet: the corrected command must not be taken for another run.
+        folder.abandon_if_empty()
+        raise
+
+
+INPUT_FIELDS = (
+    ("convert", "source"),
+    ("target", "path"),
+    ("data", "path"),
+    ("data", "examples"),
+    ("features", "path"),
+    ("draft", "path"),
+    ("eval", "prompts"),
+)
+
+
+def with_absolute_inputs(config: Config) -> Config:
+    """The config with inputs that exist here by their full path; the rest stays (hub ids, …)."""
+    for section, name in INPUT_FIELDS:
+        value = getattr(getattr(config, section), name)
+        if value is not None and "://" not in value and Path(value).exists():
+            config = config.replace(**{section: {name: str(Path(value).absolute())}})
+    return config
+
+
+def check_output(config: Config) -> None:
+    """An output must be set, and be the same place on every node."""
+    if config.output is None:
+        raise ConfigError("output is not set; pass output=<folder>")
+    if "://" in config.output:
+        raise ConfigError(
+            f"output={config.output}: object-store addresses are not supported yet; "
+            "give an absolute path on a file system that every node mounts"
+        )
+    if on_cluster(config.cluster) and not Path(config.output).expanduser().is_absolute():
+        raise ConfigError(
+            f"output={config.output} is relative, which on a cluster means a throw-away copy of "
+            "the working directory; give an absolute path that every node mounts"
+        )
+
+
+def main(job: Job, argv: Sequence[str] | None = None) -> int:
+    """Command line of one job; returns the exit code (0 done, 2 user error, 1 failure)."""
+    return act(job, parse(job, argv))
+
+
+def parse(job: Job, argv: Sequence[str] | None) -> argparse.Namespace:
+    """The job's command line; `--help` and a wrong flag end the process here."""
+    # Intermixed: an override may stand behind a flag.
+    return _parser(job).parse_intermixed_args(argv)
+
+
+def act(job: Job, arguments: argparse.Namespace) -> int:
+    """Do what a parsed command line says; returns the exit code."""
+    return guarded(lambda: _act(job, arguments), job.name)
+
+
+def guarded(work: Callable[[], int | None], name: str) -> int:
+    """Run `work` and turn what it raises into an exit code and, for a user error, one message.
+
+    What `work` returns, if anything, is the exit code of a run that raised nothing.
+    """
+    try:
+        return work() or EXIT_DONE
+    except UserError as error:
+        # What a worker raised arrives with its traceback; the message is in the cause.
+        message = error.cause if isinstance(error, RayTaskError) else error
+        print(f"{name}: error: {message}", file=sys.stderr, flush=True)
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted; the same command goes on", file=sys.stderr, flush=True)
+        return EXIT_FAILURE
+    except Exception:
+        traceback.print_exc()
+        print(f"{name}: failed; the same command goes on", file=sys.stderr, flush=True)
+        return EXIT_FAILURE
+
+
+def _act(job: Job, arguments: argparse.Namespace) -> None:
+    config = with_absolute_inputs(load_config(arguments.config, arguments.overrides))
+    for name, action in job.actions.items():
+        value = getattr(arguments, name)
+        if value is not None and value is not False:
+            action.run(config, value)
+            return
+    if arguments.dry_run:
+        _dry_run(job, config)
+        return
+    run_stage(job, config)
+
+
+def _dry_run(job: Job, config: Config) -> None:
+    check_output(config)
+    inputs = job.inputs(config)
+    shown = {"output": config.output, **{s: _section(config, s) for s in job.sections}}
+    print(yaml.safe_dump(shown, sort_keys=False), end="")
+    print("inputs:" + ("" if inputs else " none"))
+    for name, path in inputs.items():
+        print(f"  {name}: {path}")
+    if job.uses_ray and on_cluster(config.cluster):
+        connect(config.cluster)
+    print("resources:")
+    print(describe_resources(job.resources(config), config))
+    check_resources(job.resources(config), config, job.name)
+
+
+def _section(config: Config, name: str) -> dict[str, Any]:
+    values: dict[str, Any] = getattr(config, name).model_dump(mode="json")
+    return values
+
+
+def _parser(job: Job) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=f"python -m jobs.{job.name}",
+        description=job.summary,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="configuration (YAML sections; override as section.field=value):\n"
+        + describe(job.sections)
+        + "\n\nexit codes: 0 done, 2 bad configuration or input, 1 failure (run it again to go on)",
+    )
+    parser.add_argument("overrides", nargs="*", metavar="section.field=value")
+    parser.add_argument("--config", metavar="FILE", help="YAML file; see configs/")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the resolved config and the resource check"
+    )
+    for name, action in job.actions.items():
+        flag = f"--{name.replace('_', '-')}"
+        if action.metavar:
+            parser.add_argument(flag, dest=name, type=int, metavar=action.metavar, help=action.help)
+        else:
+            parser.add_argument(flag, dest=name, action="store_true", help=action.help)
+    return parser

@@ -1,0 +1,317 @@
+"""train_draft: a draft head trained by Ray Train workers, each with a DeepSpeed engine.
+
+Ray Train starts the workers, replaces lost ones and keeps the checkpoints; the folder and the
+name of its run are always the same, so that a new driver goes on where a killed one was.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import ray
+import torch
+from ray.train import (
+    Checkpoint,
+    CheckpointConfig,
+    CheckpointConsistencyMode,
+    FailureConfig,
+    RunConfig,
+    ScalingConfig,
+)
+from ray.train.torch import TorchConfig, TorchTrainer, get_device
+from ray.train.v2.api.config import LoggingConfig
+
+from core.config import Config, TrainConfig
+from core.errors import ConfigError, StageError, UserError
+from core.models.target import target_folder
+from core.paths import resolve_path
+from core.progress import Progress, say
+from core.provenance import RunFolder
+from core.runtime.resources import Resources
+from core.tracking import read_metrics
+from core.train.curves import plot_curves
+from core.train.task import DraftTask, count_parameters, prepare, train
+
+STAGE = "train_draft"
+STORAGE, RUN = "ray_train", "draft"
+SNAPSHOT = "checkpoint_manager_snapshot.json"
+SECONDS_BETWEEN_LOOKS = 1.0
+# The weights, their float32 copy, and AdamW's two moments.
+CHECKPOINT_BYTES_PER_PARAMETER = 16
+# Ray Train hands these on to its controller; what the user has set stays.
+RAY_TRAIN_SETTINGS = {
+    # The default of 2 adds seconds to the end of a run.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    # It writes an error into every job's log, and all it adds is that a node whose end was
+    # announced does not count towards train.max_failures.
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+}
+
+
+def training_inputs(config: Config) -> Mapping[str, Path]:
+    """The features, and the target that they came from."""
+    if not config.features.path:
+        raise ConfigError("features.path is not set; give the folder that extract_features wrote")
+    return {
+        "features.path": resolve_path(config.features.path, field="features.path"),
+        "target.path": target_folder(config.target.path),
+    }
+
+
+def training_resources(config: Config) -> Resources:
+    """All workers at once, since they wait for each other; disk for the checkpoints."""
+    train = config.train
+    parameters = count_parameters(config, training_inputs(config)["target.path"])
+    checkpoints = (train.keep_checkpoints + 1) * parameters * CHECKPOINT_BYTES_PER_PARAMETER
+    return Resources(
+        cpus=train.num_workers * train.cpus_per_worker,
+        gpus=train.num_workers * train.gpus_per_worker,
+        disk_gb=checkpoints / 1e9,
+        because="train.num_workers times train.cpus_per_worker and train.gpus_per_worker",
+    )
+
+
+def train_draft(config: Config, folder: RunFolder) -> Mapping[str, Any]:
+    """Train the head `<output>/head`; returns the report.
+
+    Raises:
+        UserError: config or features are wrong; before any worker starts.
+        StageError: the loss is not a number, or too many workers were lost.
+    """
+    paths = training_inputs(config)
+    output = folder.path.absolute()
+    task = prepare(config, paths["target.path"].absolute(), paths["features.path"].absolute())
+    order = task.order
+    say(
+        STAGE,
+        f"{len(task.training):,} sequences, {task.training.tokens:,} tokens; "
+        f"{order.total_steps:,} steps of {config.train.global_batch_size} sequences; draft "
+        f"vocabulary {task.vocabulary.size:,} ({task.coverage:.1%} of the supervised tokens)",
+    )
+    say(STAGE, f"starting {config.train.num_workers} worker(s)")
+    with _Follower(output, order.total_steps):
+        figures = _fit(task, output, folder.identity[:16])
+    plot_curves(output)
+    say(STAGE, _summary(figures))
+    return figures
+
+
+def _fit(task: DraftTask, output: Path, run_id: str) -> dict[str, Any]:
+    train = task.config.train
+    storage = output / STORAGE
+    _drop_broken_snapshot(storage / RUN)
+    for name, value in RAY_TRAIN_SETTINGS.items():
+        os.environ.setdefault(name, value)
+    trainer = TorchTrainer(
+        _work,
+        train_loop_config={"task": task, "output": output, "run_id": run_id},
+        torch_config=TorchConfig(backend="nccl" if train.gpus_per_worker else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=train.num_workers,
+            use_gpu=train.gpus_per_worker > 0,
+            resources_per_worker=_worker_resources(train),
+            placement_strategy="SPREAD",
+        ),
+        run_config=RunConfig(
+            name=RUN,
+            storage_path=str(storage),
+            failure_config=FailureConfig(max_failures=train.max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=train.keep_checkpoints),
+            worker_runtime_env={"env_vars": _worker_environment(train)},
+            logging_config=LoggingConfig(log_level="ERROR"),
+        ),
+    )
+    try:
+        outcome = trainer.fit().return_value
+    except ray.train.TrainingFailedError as error:
+        raise _explain(error) from error
+    if "failed" in outcome:
+        raise StageError(outcome["failed"])
+    return {**outcome, "workers": train.num_workers}
+
+
+def _worker_resources(train: TrainConfig) -> dict[str, float]:
+    resources = {"CPU": train.cpus_per_worker}
+    return {**resources, "GPU": train.gpus_per_worker} if train.gpus_per_worker else resources
+
+
+def _worker_environment(train: TrainConfig) -> dict[str, str]:
+    """Variables that must be there before torch and DeepSpeed are imported."""
+    # More threads than CPUs make workers wait for each other: ten times slower on two cores.
+    variables = {"OMP_NUM_THREADS": str(_num_threads(train))}
+    return variables if train.gpus_per_worker else {**variables, "DS_ACCELERATOR": "cpu"}
+
+
+def _num_threads(train: TrainConfig) -> int:
+    return max(1, int(train.cpus_per_worker))
+
+
+def _work(settings: dict[str, Any]) -> dict[str, Any]:
+    """What each worker runs."""
+    # Ray Train logs every report past its own log level.
+    logging.getLogger().setLevel(logging.WARNING)
+    task: DraftTask = settings["task"]
+    torch.set_num_threads(_num_threads(task.config.train))
+    host = _RayHost.here()
+    try:
+        figures = train(task, settings["output"], settings["run_id"], host, get_device())
+    except StageError as error:
+        # All workers are here. Raised, it would be taken for a lost worker and tried again.
+        return {"failed": str(error)}
+    finally:
+        # The last checkpoint counts once the controller has taken note of it.
+        ray.train.get_all_reported_checkpoints(consistency_mode=CheckpointConsistencyMode.COMMITTED)
+    return {**figures, "nodes": _count_nodes(host.world_size)}
+
+
+def _count_nodes(world_size: int) -> int:
+    nodes: list[str] = [""] * world_size
+    torch.distributed.all_gather_object(nodes, ray.get_runtime_context().get_node_id())
+    return len(set(nodes))
+
+
+@dataclass(frozen=True)
+class _RayHost:
+    """`core.train.loop.Host` on Ray Train."""
+
+    rank: int
+    world_size: int
+
+    @classmethod
+    def here(cls) -> _RayHost:
+        context = ray.train.get_context()
+        return cls(context.get_world_rank(), context.get_world_size())
+
+    @contextmanager
+    def last_checkpoint(self) -> Iterator[Path | None]:
+        checkpoint = ray.train.get_checkpoint()
+        if checkpoint is None:
+            yield None
+            return
+        with checkpoint.as_directory() as folder:
+            yield Path(folder)
+
+    def keep_checkpoint(self, step: int, save: Callable[[Path], None]) -> None:
+        # Every worker reports its own part; Ray Train merges them into one folder.
+        with tempfile.TemporaryDirectory(prefix="aerie-") as folder:
+            save(Path(folder))
+            ray.train.report(
+                {"step": step},
+                checkpoint=Checkpoint.from_directory(folder),
+                checkpoint_dir_name=f"step-{step:08d}",
+            )
+
+
+def _drop_broken_snapshot(run: Path) -> None:
+    """Remove Ray Train's list of checkpoints if a kill cut it off while it was being written.
+
+    Ray Train would refuse to start for ever; without the list it starts from the first step.
+    """
+    snapshot = run / SNAPSHOT
+    try:
+        json.loads(snapshot.read_text())
+    except FileNotFoundError:
+        return
+    except ValueError:
+        say(STAGE, f"warning: {snapshot} was cut off; training starts from the first step")
+        snapshot.unlink()
+
+
+def _explain(error: Exception) -> Exception:
+    """The user's error that a worker ran into, else a StageError that says what happened."""
+    failures = getattr(error, "worker_failures", {})
+    for failure in failures.values():
+        # Ray Train wraps what a worker raised.
+        cause = getattr(failure, "_base_exc", failure)
+        if isinstance(cause, UserError):
+            return cause
+    return StageError(
+        f"training failed: {error}\nMore lost workers than train.max_failures; see the log above. "
+        "The same command goes on from the last checkpoint."
+    )
+
+
+def _summary(figures: Mapping[str, Any]) -> str:
+    text = (
+        f"loss {figures['initial_loss']:.3f} → {figures['final_loss']:.3f}, "
+        f"{figures['tokens_per_second']:,.0f} tokens/s"
+    )
+    if figures["held_out_loss"] is None:
+        return text
+    tops = ", ".join(f"top-{n} {figures[f'held_out_top{n}']:.3f}" for n in (1, 3, 10))
+    return f"{text}; held out: loss {figures['held_out_loss']:.3f}, {tops}"
+
+
+class _Follower:
+    """Prints progress from the metrics file, which a worker on any node may be writing.
+
+    The driver prints, since what workers print arrives with a prefix and out of order.
+    """
+
+    def __init__(self, folder: Path, total_steps: int) -> None:
+        self._folder, self._total = folder, total_steps
+        self._progress: Progress | None = None
+        self._tokens = 0
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._follow, daemon=True, name="follow-metrics")
+
+    def __enter__(self) -> _Follower:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _follow(self) -> None:
+        # What an interrupted run left is no progress of this one.
+        seen = len(read_metrics(self._folder))
+        while not self._done.wait(SECONDS_BETWEEN_LOOKS):
+            records = read_metrics(self._folder)
+            if len(records) != seen:
+                seen = len(records)
+                self._show(records)
+
+    def _show(self, records: list[dict[str, Any]]) -> None:
+        trained = [record for record in records if "loss" in record]
+        if not trained:
+            return
+        last = trained[-1]
+        if self._progress is None:
+            self._progress = Progress(STAGE, self._total, "steps", skipped=last["step"])
+        elif last["step"] < self._progress.done:
+            say(STAGE, f"a worker was lost; going on from step {last['step']}")
+            self._progress = Progress(STAGE, self._total, "steps", skipped=last["step"])
+        else:
+            self._progress.advance(
+                last["step"] - self._progress.done,
+                _note(records),
+                tokens=last["tokens"] - self._tokens,
+            )
+        self._tokens = last["tokens"]
+
+
+def _note(records: list[dict[str, Any]]) -> str:
+    """The latest metrics, in a few words."""
+    latest: dict[str, Any] = {}
+    for record in records[-20:]:
+        latest.update(record)
+    text = f"loss {latest['loss']:.3f} top-1 {latest['top1']:.3f}"
+    if "held_out_top1" in latest:
+        text += f" (held out {latest['held_out_top1']:.3f})"
+    return text

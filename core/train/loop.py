@@ -1,0 +1,190 @@
+"""The training loop of a draft head, the same on every worker.
+
+It asks its host for the last checkpoint and hands it new ones; the host is Ray Train in a job.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from core.config import TrainConfig
+from core.errors import StageError
+from core.tracking import MetricLog
+from core.train.batches import BatchMaker
+from core.train.engine import LOSS, NUM_TOKENS, TrainingEngine
+from core.train.order import TrainingOrder, evaluation_batches
+from core.train.schedule import learning_rate
+from core.train.state import TrainState
+
+LOG_EVERY = 10
+"""Steps between records, each the token-weighted mean over these steps."""
+
+
+class Host(Protocol):
+    """What the loop runs on."""
+
+    @property
+    def rank(self) -> int:
+        """This worker's number."""
+
+    @property
+    def world_size(self) -> int:
+        """How many workers there are."""
+
+    def last_checkpoint(self) -> AbstractContextManager[Path | None]:
+        """The folder of the newest checkpoint, with all workers' parts; None at the start."""
+
+    def keep_checkpoint(self, step: int, save: Callable[[Path], None]) -> None:
+        """Have `save` write this worker's part into a folder and keep it; all workers call."""
+
+
+@dataclass
+class TrainingLoop:
+    """One worker's training run.
+
+    Attributes:
+        log: where metrics go; None on all workers but one, which opens it by `open_log` once it
+            is known where the run goes on.
+    """
+
+    engine: TrainingEngine
+    order: TrainingOrder
+    training: BatchMaker
+    held_out: BatchMaker | None
+    config: TrainConfig
+    host: Host
+    open_log: Callable[[int], MetricLog] | None
+    state: TrainState = field(default_factory=TrainState)
+    _fresh: list[Tensor] = field(default_factory=list)
+    _log: MetricLog | None = None
+
+    def run(self) -> TrainState:
+        """Train to the last step, from the last checkpoint if there is one.
+
+        Raises:
+            StageError: the loss is not a number; raised on all workers at the same step.
+        """
+        self._resume()
+        if self.open_log is not None:
+            self._log = self.open_log(self.state.step)
+        try:
+            while self.state.step < self.order.total_steps:
+                self._advance()
+        finally:
+            if self._log is not None:
+                self._log.close()
+        return self.state
+
+    def _resume(self) -> None:
+        with self.host.last_checkpoint() as folder:
+            if folder is not None:
+                self.engine.load(folder)
+                self.state = TrainState.load(folder)
+
+    def _advance(self) -> None:
+        """One optimizer step, and what is due after it."""
+        norm = self._train_step()
+        step, last = self.state.step, self.state.step == self.order.total_steps
+        if step % LOG_EVERY == 0 or step == 1 or last:
+            self._log_window(norm)
+        if self.held_out is not None and (step % self.config.eval_every == 0 or last):
+            self._evaluate(self.held_out)
+        if step % self.config.checkpoint_every == 0 or last:
+            self._collect()
+            self.host.keep_checkpoint(step, self._save)
+
+    def _save(self, folder: Path) -> None:
+        self.engine.save(folder)
+        if self.host.rank == 0:
+            self.state.save(folder)
+
+    def _train_step(self) -> float:
+        """Returns the gradient's norm."""
+        started = time.perf_counter()
+        state, order = self.state, self.order
+        passes = order.micro_batches(
+            state.step, self.host.rank, self.host.world_size, self.config.micro_batch_size
+        )
+        supervised = order.supervised(state.step)
+        statistics = [
+            self.engine.accumulate(
+                self.training.batch(rows, state.step), supervised, last=number == len(passes)
+            )
+            for number, rows in enumerate(passes, start=1)
+        ]
+        norm = self.engine.step(learning_rate(state.step, order.total_steps, self.config))
+        self._fresh.append(torch.stack(statistics).sum(0))
+        state.tokens += order.tokens(state.step)
+        state.step += 1
+        state.seconds += time.perf_counter() - started
+        return norm
+
+    def _collect(self) -> None:
+        """Sum the latest steps' statistics over workers, and look whether the loss is a number."""
+        if not self._fresh:
+            return
+        sums = torch.stack(self._fresh)
+        torch.distributed.all_reduce(sums)
+        self._fresh.clear()
+        self.state.window += sums.tolist()
+        first = self.state.step - len(self.state.window) + 1
+        loss, tokens = (self.engine.statistic_names.index(name) for name in (LOSS, NUM_TOKENS))
+        for step, row in enumerate(self.state.window, start=first):
+            assert row[tokens] == self.order.supervised(step - 1), "head and order count alike"
+            if not math.isfinite(row[loss]):
+                raise StageError(
+                    f"the loss is {row[loss]} at step {step}; lower train.lr="
+                    f"{self.config.lr:g} or train.clip={self.config.clip:g}, raise "
+                    "train.warmup_steps, or check the features (extract_features --verify)"
+                )
+
+    def _log_window(self, norm: float) -> None:
+        self._collect()
+        state = self.state
+        metrics = self._means(torch.tensor(state.window, dtype=torch.float64).sum(0))
+        state.final_loss = metrics[LOSS]
+        if state.initial_loss is None:
+            state.initial_loss = metrics[LOSS]
+        seconds = max(state.seconds - state.logged_seconds, 1e-9)
+        speed = (state.tokens - state.logged_tokens) / seconds
+        state.window, state.logged_tokens, state.logged_seconds = [], state.tokens, state.seconds
+        if self._log is not None:
+            lr = learning_rate(state.step - 1, self.order.total_steps, self.config)
+            self._log.log(
+                step=state.step,
+                **metrics,
+                lr=lr,
+                grad_norm=norm,
+                tokens=state.tokens,
+                tokens_per_second=round(speed, 1),
+            )
+
+    def _evaluate(self, held_out: BatchMaker) -> None:
+        """Mean metrics over all held-out sequences."""
+        passes = evaluation_batches(
+            held_out.selection, self.host.rank, self.host.world_size, self.config.micro_batch_size
+        )
+        sums = torch.zeros(
+            len(self.engine.statistic_names), dtype=torch.float64, device=held_out.device
+        )
+        for rows in passes:
+            sums += self.engine.evaluate(held_out.batch(rows))
+        torch.distributed.all_reduce(sums)
+        self.state.held_out = {f"held_out_{k}": v for k, v in self._means(sums.cpu()).items()}
+        if self._log is not None:
+            self._log.log(step=self.state.step, **self.state.held_out)
+
+    def _means(self, sums: Tensor) -> dict[str, float]:
+        """Sums over tokens to means, without the number of tokens itself."""
+        named = dict(zip(self.engine.statistic_names, sums.tolist(), strict=True))
+        tokens = max(named.pop(NUM_TOKENS), 1.0)
+        return {name: value / tokens for name, value in named.items()}

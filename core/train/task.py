@@ -1,0 +1,213 @@
+"""A draft head's training from its inputs to the saved head.
+
+`prepare` runs once and raises whatever the user can mend; what it returns goes to every worker,
+which calls `train`. Shapes: V target vocabulary, W draft vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig
+
+from core.config import Config
+from core.data.feature_shards import FeatureDataset, read_manifest
+from core.draft.base import DraftHead, TargetGeometry, build_head
+from core.draft.folder import save_head
+from core.draft.vocabulary import DraftVocabulary
+from core.errors import InputError
+from core.models.target import target_fingerprint
+from core.models.weights import load_embedding, load_output_head
+from core.tracking import MetricLog
+from core.train.batches import BatchMaker
+from core.train.engine import TrainingEngine, deepspeed_config
+from core.train.loop import Host, TrainingLoop
+from core.train.order import Selection, TrainingOrder, select_examples
+from core.train.state import TrainState, trim_metrics
+
+HEAD_FOLDER = "head"
+TRAIN, HELD_OUT = "train", "held_out"
+
+
+@dataclass(frozen=True)
+class DraftTask:
+    """What to train, decided before any worker starts.
+
+    Attributes:
+        config: resolved.
+        target: the target's folder.
+        features: the feature folder.
+        fingerprint: of the target.
+        vocabulary: that the head may propose.
+        coverage: share of the supervised tokens that are in it.
+        training: the sequences to learn from.
+        held_out: those to evaluate on; None where the features have none.
+    """
+
+    config: Config
+    target: Path
+    features: Path
+    fingerprint: str
+    vocabulary: DraftVocabulary
+    coverage: float
+    training: Selection
+    held_out: Selection | None
+
+    @property
+    def order(self) -> TrainingOrder:
+        """Which sequences each step trains on."""
+        return TrainingOrder.of(self.training, self.config.train)
+
+    def new_head(self) -> DraftHead:
+        """The head as it is before the first step, float32 on CPU."""
+        geometry = TargetGeometry.of(AutoConfig.from_pretrained(self.target))
+        return build_head(self.config.draft, geometry, self.vocabulary, self.config.train.seed)
+
+
+def count_parameters(config: Config, target: Path) -> int:
+    """Trained weights of such a head for such a target; nothing is allocated."""
+    geometry = TargetGeometry.of(AutoConfig.from_pretrained(target))
+    with torch.device("meta"):
+        head = build_head(config.draft, geometry, DraftVocabulary.whole(geometry.vocab_size))
+    return sum(parameter.numel() for parameter in head.parameters())
+
+
+def prepare(config: Config, target: Path, features: Path) -> DraftTask:
+    """Read what there is to train on; depends on config and inputs alone.
+
+    Raises:
+        MismatchError: the features come from another target.
+        InputError: no features, or nothing supervised in them.
+        ConfigError: fewer sequences than a global batch, or settings that exclude each other.
+    """
+    deepspeed_config(config.train, config.train.num_workers)
+    fingerprint = target_fingerprint(target)
+    dataset = FeatureDataset(features, TRAIN, fingerprint)
+    geometry = TargetGeometry.of(AutoConfig.from_pretrained(target))
+    counts_V = dataset.token_counts(geometry.vocab_size)
+    if not int(counts_V.sum()):
+        raise InputError(
+            f"features.path={features}: no token of the {len(dataset)} training examples is "
+            "supervised; prepare the data anew and look at it with prepare_data --inspect"
+        )
+    vocabulary = DraftVocabulary.from_counts(counts_V, config.draft.vocab_size)
+    training = select_examples(dataset, config.train.max_length)
+    held_out = None
+    if read_manifest(features).shards.get(HELD_OUT):
+        held_out = select_examples(
+            FeatureDataset(features, HELD_OUT, fingerprint), config.train.max_length
+        )
+    task = DraftTask(
+        config=config,
+        target=target,
+        features=features,
+        fingerprint=fingerprint,
+        vocabulary=vocabulary,
+        coverage=vocabulary.coverage(counts_V),
+        training=training,
+        held_out=held_out if held_out is not None and len(held_out) else None,
+    )
+    assert task.order.total_steps > 0
+    return task
+
+
+def train(
+    task: DraftTask, output: Path, run_id: str, host: Host, device: torch.device
+) -> dict[str, Any]:
+    """Train on this worker; the first worker logs and saves the head to `<output>/head`.
+
+    Expects an initialized process group. Returns the figures of the report, the same on all
+    workers but for times.
+    Raises:
+        StageError: the loss is not a number; on all workers.
+    """
+    head = task.new_head()
+    parameters = sum(parameter.numel() for parameter in head.parameters())
+    engine = TrainingEngine(
+        head,
+        load_embedding(task.target),
+        load_output_head(task.target),
+        task.config.train,
+        device,
+    )
+    held_out = None
+    if task.held_out is not None:
+        held_out = _batch_maker(task, HELD_OUT, task.held_out, device)
+    loop = TrainingLoop(
+        engine=engine,
+        order=task.order,
+        training=_batch_maker(task, TRAIN, task.training, device),
+        held_out=held_out,
+        config=task.config.train,
+        host=host,
+        open_log=_log_opener(task, output, run_id) if host.rank == 0 else None,
+    )
+    figures = {**_figures(task, loop.run()), "parameters": parameters}
+    weights = engine.full_weights()
+    if host.rank == 0:
+        trained = task.new_head()
+        trained.load_state_dict(weights)
+        save_head(output / HEAD_FOLDER, trained, _record(task, run_id, figures))
+    return figures
+
+
+def _log_opener(task: DraftTask, output: Path, run_id: str) -> Callable[[int], MetricLog]:
+    def open_log(step: int) -> MetricLog:
+        trim_metrics(output, step)
+        return MetricLog(output, task.config.tracking, run_id)
+
+    return open_log
+
+
+def _batch_maker(
+    task: DraftTask, split: str, selection: Selection, device: torch.device
+) -> BatchMaker:
+    train = task.config.train
+    return BatchMaker(
+        source=FeatureDataset(task.features, split, task.fingerprint),
+        selection=selection,
+        dtype=getattr(torch, train.dtype),
+        device=device,
+        # Not every algorithm trains with noise.
+        noise=getattr(task.config.draft, "noise", 0.0),
+        seed=train.seed,
+    )
+
+
+def _figures(task: DraftTask, state: TrainState) -> dict[str, Any]:
+    names = ("loss", "top1", "top2", "top3", "top10")
+    held_out = {f"held_out_{name}": state.held_out.get(f"held_out_{name}") for name in names}
+    return {
+        "steps": state.step,
+        "train_tokens": state.tokens,
+        "epochs": state.step / task.order.steps_per_epoch,
+        "initial_loss": state.initial_loss,
+        "final_loss": state.final_loss,
+        **held_out,
+        "tokens_per_second": state.tokens / max(state.seconds, 1e-9),
+        "seconds": state.seconds,
+        "sequences": len(task.training),
+        "left_out": task.training.left_out,
+        "draft_vocab_size": task.vocabulary.size,
+        "draft_vocab_coverage": task.coverage,
+    }
+
+
+def _record(task: DraftTask, run_id: str, figures: dict[str, Any]) -> dict[str, Any]:
+    manifest = read_manifest(task.features)
+    return {
+        "target_fingerprint": task.fingerprint,
+        "feature_layers": list(manifest.feature_layers),
+        "layer_convention": manifest.layer_convention,
+        "final_norm": manifest.final_norm,
+        "template_hash": manifest.template_hash,
+        "training": {
+            "run": run_id,
+            "config": task.config.train.model_dump(mode="json"),
+            **figures,
+        },
+    }

@@ -1,0 +1,1 @@
+"""The speculative decoder behind HTTP: a Ray Serve application, its protocol, page and chat."""

@@ -1,0 +1,122 @@
+"""Talk to a served model in the terminal: `aerie chat --url http://127.0.0.1:8000`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import httpx
+from rich.console import Console
+from rich.text import Text
+
+from core.errors import EXIT_DONE, EXIT_FAILURE
+
+HELP = "/reset forgets the conversation, /stats shows the last answer's figures, /quit leaves"
+
+
+class Chat:
+    """A conversation with a server; its messages and the last answer's figures."""
+
+    def __init__(self, client: httpx.Client, model: str, settings: dict[str, Any]) -> None:
+        self.messages: list[dict[str, str]] = []
+        self.figures: dict[str, Any] = {}
+        self._client, self._settings = client, {"model": model, **settings}
+
+    def ask(self, text: str) -> Iterator[tuple[str, bool]]:
+        """Yields spans of the answer; the question is kept only if it was answered.
+
+        Raises:
+            httpx.HTTPError: the server is gone, or refuses; the message is its own.
+        """
+        messages = [*self.messages, {"role": "user", "content": text}]
+        body = {**self._settings, "messages": messages, "stream": True, "aerie": {"spans": True}}
+        answer = ""
+        with self._client.stream("POST", "/v1/chat/completions", json=body) as response:
+            if response.is_error:
+                raise httpx.HTTPError(_message(json.loads(response.read())))
+            for line in response.iter_lines():
+                data = line.removeprefix("data: ")
+                if data in ("", "[DONE]"):
+                    continue
+                chunk = json.loads(data)
+                if "error" in chunk:
+                    raise httpx.HTTPError(_message(chunk))
+                self.figures = chunk.get("aerie") or self.figures
+                for span, drafted in chunk["choices"][0].get("aerie", {}).get("spans", []):
+                    answer += span
+                    yield span, drafted
+        self.messages = [*messages, {"role": "assistant", "content": answer}]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="aerie chat", description=__doc__, epilog=HELP)
+    parser.add_argument("--url", default="http://127.0.0.1:8000", help="of the server")
+    parser.add_argument("--temperature", type=float, help="the server's default if not given")
+    parser.add_argument("--max-tokens", type=int, help="longest answer, in tokens")
+    arguments = parser.parse_args(argv)
+    given = {"temperature": arguments.temperature, "max_tokens": arguments.max_tokens}
+    settings = {name: value for name, value in given.items() if value is not None}
+    console = Console(highlight=False)
+    with httpx.Client(base_url=arguments.url, timeout=httpx.Timeout(10, read=None)) as client:
+        try:
+            model = client.get("/v1/models").raise_for_status().json()["data"][0]["id"]
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            print(f"aerie chat: no server at {arguments.url} ({error}); start one with "
+                  "`aerie serve` or give --url", file=sys.stderr)  # fmt: skip
+            return EXIT_FAILURE
+        console.print(f"{model} at {arguments.url}. {HELP}.", style="dim")
+        console.print("Tokens that the draft head guessed are green.", style="dim")
+        _converse(console, Chat(client, model, settings))
+    return EXIT_DONE
+
+
+def _converse(console: Console, chat: Chat) -> None:
+    while True:
+        try:
+            line = console.input("[bold]› [/]").strip()
+        except (EOFError, KeyboardInterrupt):
+            console.print()
+            return
+        if line == "/quit":
+            return
+        if line == "/reset":
+            chat.messages.clear()
+            console.print("forgotten", style="dim")
+        elif line == "/stats":
+            console.print(_stats(chat.figures), style="dim")
+        elif line.startswith("/"):
+            console.print(HELP, style="dim")
+        elif line:
+            _answer(console, chat, line)
+
+
+def _answer(console: Console, chat: Chat, question: str) -> None:
+    try:
+        for span, drafted in chat.ask(question):
+            console.print(Text(span, style="green" if drafted else ""), end="")
+        console.print()
+    except KeyboardInterrupt:
+        console.print("\nstopped", style="dim")
+    except httpx.HTTPError as error:
+        console.print(Text(f"\n{error}", style="red"))
+
+
+def _stats(figures: dict[str, Any]) -> str:
+    if not figures:
+        return "no answer yet"
+    return (
+        f"{figures['tokens_per_second']:.1f} tokens/s, accepted length "
+        f"{figures['accepted_length']:.2f}, {figures['rounds']} rounds"
+    )
+
+
+def _message(body: dict[str, Any]) -> str:
+    return str(body["error"]["message"])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,112 @@
+"""OpenAI's errors, and how every failure of the HTTP service becomes one."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from fastapi import Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+logger = logging.getLogger("ray.serve")
+
+
+class ApiError(Exception):
+    """An error in OpenAI's shape.
+
+    Args:
+        status: of HTTP.
+        message: what is wrong, what was got, what to do.
+        kind: OpenAI's `type`.
+        param: the field of the request.
+        code: OpenAI's machine-readable code.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        kind: str = "invalid_request_error",
+        param: str | None = None,
+        code: str | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message = status, message
+        self.kind, self.param, self.code = kind, param, code
+
+    def body(self) -> dict[str, Any]:
+        """The JSON of the response."""
+        return {
+            "error": {
+                "message": self.message,
+                "type": self.kind,
+                "param": self.param,
+                "code": self.code,
+            }
+        }
+
+
+def validation_error(problems: Sequence[Any]) -> ApiError:
+    """pydantic's findings as one error; never repeats what was sent, which may be large."""
+    messages, param = [], None
+    for problem in problems[:5]:
+        location = [str(part)[:100] for part in problem["loc"] if not _is_tag(part)]
+        param = param or (".".join(location) or None)
+        if problem["type"] == "json_invalid":
+            messages.append(f"the body is not valid JSON: {problem['ctx']['error']}")
+        elif problem["type"] == "extra_forbidden":
+            messages.append(f"unknown field {'.'.join(location)!r}; remove it")
+        elif problem["type"] == "value_error":
+            where = f"{'.'.join(location)}: " if location else ""
+            messages.append(f"{where}{problem['ctx']['error']}")
+        else:
+            messages.append(f"{'.'.join(location) or 'the body'}: {problem['msg']}")
+    message = "; ".join(messages).encode(errors="replace").decode()
+    return ApiError(400, message, param=param and param.encode(errors="replace").decode())
+
+
+def _is_tag(part: int | str) -> bool:
+    """Whether a part of a location is pydantic's name for a type, and not the client's field."""
+    return isinstance(part, str) and (
+        part in ("body", "str") or part.startswith(("list[", "function-"))
+    )
+
+
+async def _on_api_error(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, ApiError)
+    return JSONResponse(error.body(), status_code=error.status)
+
+
+async def _on_validation_error(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestValidationError)
+    return await _on_api_error(request, validation_error(error.errors()))
+
+
+async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    message = f"{request.method} {request.url.path[:200]}: {error.detail}"
+    response = await _on_api_error(request, ApiError(error.status_code, message))
+    response.headers.update(error.headers or {})
+    return response
+
+
+async def _on_error(request: Request, error: Exception) -> JSONResponse:
+    logger.error("request failed", exc_info=error)
+    return await _on_api_error(request, internal_error())
+
+
+def internal_error() -> ApiError:
+    """What a client is told about a failure that is not its own."""
+    return ApiError(500, "internal error; see the server's log", kind="server_error")
+
+
+EXCEPTION_HANDLERS = {
+    ApiError: _on_api_error,
+    RequestValidationError: _on_validation_error,
+    HTTPException: _on_http_error,
+    Exception: _on_error,
+}

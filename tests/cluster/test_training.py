@@ -1,0 +1,234 @@
+"""train_draft on two raylets: the same result as plain torch, and as ever after kills."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import ray
+import torch
+from ray.cluster_utils import Cluster
+
+from core.config import Config
+from core.draft.base import DraftHead
+from core.draft.folder import load_head, read_record
+from core.models.weights import load_embedding, load_output_head
+from core.runtime.job import run_stage
+from core.tracking import read_metrics
+from core.train.order import evaluation_batches
+from core.train.schedule import learning_rate
+from core.train.task import DraftTask, prepare
+from jobs.train_draft import JOB
+from tests.tiny_features import batch_maker, write_tiny_features
+
+pytestmark = [pytest.mark.cluster, pytest.mark.slow]
+
+ROOT = Path(__file__).resolve().parents[2]
+CHECKPOINT_EVERY = 25
+PATIENCE_SECONDS = 240
+
+
+@pytest.fixture(scope="module")
+def two_nodes() -> Iterator[str]:
+    """The address of a head without CPUs and two nodes of one CPU each."""
+    small = {"include_dashboard": False, "object_store_memory": 80_000_000}
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **small})
+    for _ in range(2):
+        cluster.add_node(num_cpus=1, object_store_memory=80_000_000)
+    ray.init(address=cluster.address, logging_level="warning")
+    yield cluster.address
+    ray.shutdown()
+    cluster.shutdown()
+
+
+@pytest.fixture(scope="module")
+def overrides(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    target, features = write_tiny_features(tmp_path_factory.mktemp("tiny"), examples=50, held_out=7)
+    return {
+        "target.path": target,
+        "features.path": features,
+        "draft.vocab_size": 40,
+        "train.num_workers": 2,
+        "train.global_batch_size": 8,
+        "train.micro_batch_size": 3,
+        "train.max_length": 24,
+        "train.lr": 0.005,
+        "train.warmup_steps": 10,
+        "train.epochs": 50,
+        "train.eval_every": 100,
+        "train.checkpoint_every": CHECKPOINT_EVERY,
+    }
+
+
+@pytest.fixture(scope="module")
+def undisturbed(
+    two_nodes: str, overrides: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Config, dict[str, Any]]:
+    """A whole run; its config and report."""
+    config = _config(overrides, two_nodes, tmp_path_factory.mktemp("undisturbed") / "out")
+    return config, dict(run_stage(JOB, config))
+
+
+def _config(overrides: dict[str, Any], address: str, output: Path) -> Config:
+    sections: dict[str, dict[str, Any]] = {"cluster": {"address": address}}
+    for dotted, value in overrides.items():
+        section, _, key = dotted.partition(".")
+        sections.setdefault(section, {})[key] = str(value) if isinstance(value, Path) else value
+    return Config().replace(output=str(output), **sections)
+
+
+def _task(config: Config) -> DraftTask:
+    return prepare(config, Path(str(config.target.path)), Path(str(config.features.path)))
+
+
+def _reference(task: DraftTask) -> tuple[DraftHead, list[tuple[float, int]]]:
+    """Plain torch in this process; sum of losses and supervised tokens of every step."""
+    config, head, maker = task.config.train, task.new_head(), batch_maker(task)
+    head.attach_target(load_embedding(task.target), load_output_head(task.target))
+    optimizer = torch.optim.AdamW(head.parameters(), betas=config.betas, weight_decay=0.0)
+    losses = []
+    for step in range(task.order.total_steps):
+        result = head.losses(maker.batch(task.order.global_batch(step), step))
+        loss = result.loss / result.num_tokens
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(head.parameters(), config.clip)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, task.order.total_steps, config)
+        optimizer.step()
+        losses.append((float(loss.detach()) * int(result.num_tokens), int(result.num_tokens)))
+    return head, losses
+
+
+def _curve(folder: Path) -> list[dict[str, Any]]:
+    timed = ("time", "tokens_per_second")
+    return [{k: v for k, v in r.items() if k not in timed} for r in read_metrics(folder)]
+
+
+def _last_step(folder: Path) -> int:
+    return max((record["step"] for record in read_metrics(folder)), default=0)
+
+
+def _wait_for_step(folder: Path, step: int, driver: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while _last_step(folder) < step:
+        assert driver.poll() is None, "the driver ended before it could be killed"
+        assert time.monotonic() < deadline, f"not at step {step} after {PATIENCE_SECONDS} s"
+        time.sleep(0.05)
+
+
+class _Killer(threading.Thread):
+    """Kills one training worker as soon as the run has passed a step."""
+
+    def __init__(self, folder: Path, after_step: int) -> None:
+        super().__init__(daemon=True)
+        self.folder, self.after_step = folder, after_step
+        self.victim: int | None = None
+        self.start()
+
+    def run(self) -> None:
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while self.victim is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+            if _last_step(self.folder) >= self.after_step:
+                workers = [
+                    process
+                    for process in psutil.Process().children(recursive=True)
+                    if "RayTrainWorker" in " ".join(process.cmdline())
+                ]
+                self.victim = random.choice(workers).pid
+                os.kill(self.victim, signal.SIGKILL)
+
+
+def test_two_workers_train_like_plain_torch(
+    undisturbed: tuple[Config, dict[str, Any]],
+) -> None:
+    config, report = undisturbed
+    output, task = Path(str(config.output)), _task(config)
+    head, losses = _reference(task)
+    records = [record for record in read_metrics(output) if "loss" in record]
+    assert [record["step"] for record in records] == [1, *range(10, 301, 10)]
+    for before, record in zip([{"step": 0}, *records], records, strict=False):
+        window = losses[before["step"] : record["step"]]
+        mean = sum(loss for loss, _ in window) / sum(tokens for _, tokens in window)
+        assert record["loss"] == pytest.approx(mean, rel=2e-3), record["step"]
+    assert report["final_loss"] < 0.7 * report["initial_loss"]
+    assert report["final_loss"] == records[-1]["loss"]
+
+    trained = load_head(output / "head")
+    for name, wanted in head.state_dict().items():
+        torch.testing.assert_close(trained.state_dict()[name], wanted, rtol=0.02, atol=0.01)
+
+    assert task.held_out is not None
+    (rows,) = evaluation_batches(task.held_out, 0, 1, 100)
+    maker = batch_maker(task, held_out=True)
+    with torch.no_grad():
+        result = head.eval().losses(maker.batch(rows))
+    tokens = int(result.num_tokens)
+    assert report["held_out_loss"] == pytest.approx(float(result.loss) / tokens, rel=5e-3)
+    assert report["held_out_top10"] == pytest.approx(float(result.sums["top10"]) / tokens, abs=0.03)
+
+
+def test_the_run_is_spread_and_leaves_what_it_should(
+    undisturbed: tuple[Config, dict[str, Any]],
+) -> None:
+    config, report = undisturbed
+    output = Path(str(config.output))
+    assert report["workers"] == 2
+    assert report["nodes"] == 2
+    assert report["steps"] == 300
+    assert report["draft_vocab_size"] == 40
+    assert read_record(output / "head")["training"]["steps"] == 300
+    kept = sorted(path.name for path in (output / "ray_train" / "draft").glob("step-*"))
+    assert kept == ["step-00000275", "step-00000300"]
+    assert (output / "loss.png").stat().st_size > 1000
+    assert (output / "accuracy.png").stat().st_size > 1000
+
+
+def test_kills_change_nothing(
+    two_nodes: str,
+    overrides: dict[str, Any],
+    undisturbed: tuple[Config, dict[str, Any]],
+    tmp_path: Path,
+) -> None:
+    """The driver is killed, then a worker of the run that goes on, each at a random step."""
+    config, whole = undisturbed
+    output = tmp_path / "out"
+    arguments = [f"{name}={value}" for name, value in overrides.items()]
+    command = [sys.executable, "-m", "jobs.train_draft", *arguments]
+    with (tmp_path / "driver.log").open("w") as log:
+        driver = subprocess.Popen(
+            [*command, f"output={output}", f"cluster.address={two_nodes}"],
+            cwd=ROOT, stdout=log, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        try:
+            _wait_for_step(output, random.randint(CHECKPOINT_EVERY + 5, 100), driver)
+        finally:
+            driver.send_signal(signal.SIGKILL)
+            driver.wait()
+    assert not (output / "report.json").exists()
+
+    killer = _Killer(output, after_step=random.randint(150, 220))
+    report = dict(run_stage(JOB, _config(overrides, two_nodes, output)))
+    killer.join()
+    assert killer.victim is not None, "no worker was killed"
+
+    timed = ("seconds", "tokens_per_second")
+    assert {k: v for k, v in report.items() if k not in timed} == {
+        k: v for k, v in whole.items() if k not in timed
+    }
+    undisturbed_output = Path(str(config.output))
+    assert _curve(output) == _curve(undisturbed_output)
+    heads = [load_head(folder / "head").state_dict() for folder in (output, undisturbed_output)]
+    assert heads[0].keys() == heads[1].keys()
+    assert all(torch.equal(heads[0][name], heads[1][name]) for name in heads[1])

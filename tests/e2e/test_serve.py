@@ -1,0 +1,268 @@
+"""The HTTP service on Ray Serve, as the OpenAI client, curl and `aerie chat` use it."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from core.models.target import Target, load_target
+from tests.e2e.serving import (
+    MAX_CONTEXT,
+    PROMPTS,
+    ROOT,
+    Served,
+    greedy_answer,
+    make_models,
+    one_thread,
+    prompt_ids,
+    serving,
+)
+
+pytestmark = [pytest.mark.e2e, pytest.mark.cluster, pytest.mark.slow]
+
+NUM_TOKENS = 48
+CHAT = "/v1/chat/completions"
+# Far above what any answer here takes, far below the answers that are given up.
+TIMEOUT_S = 60.0
+ENDLESS = 50_000
+HALF_A_SURROGATE_PAIR = b'{"model": "tiny", "messages": [{"role": "user", "content": "\\ud800"}]}'
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What the target alone answers to a prompt."""
+
+    prompt_tokens: int
+    text: str
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    folder = tmp_path_factory.mktemp("serve")
+    with serving(make_models(folder), folder) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def expected(served: Served) -> dict[str, Expected]:
+    with one_thread():
+        target = load_target(served.config.target)
+        return {prompt: expected_answer(target, prompt) for prompt in PROMPTS}
+
+
+def expected_answer(target: Target, prompt: str) -> Expected:
+    tokens = greedy_answer(target, prompt, NUM_TOKENS)
+    text = target.tokenizer.decode(tokens, skip_special_tokens=True)
+    assert isinstance(text, str)
+    return Expected(len(prompt_ids(target, prompt)), text)
+
+
+@pytest.fixture(scope="module")
+def client(served: Served) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(
+        base_url=f"{served.url}/v1", api_key="none", max_retries=0, timeout=TIMEOUT_S
+    ) as client:
+        yield client
+
+
+def create(client: openai.OpenAI, prompt: str = PROMPTS[0], **settings: Any) -> Any:
+    return client.chat.completions.create(
+        model="tiny",
+        messages=[{"role": "user", "content": prompt}],
+        **{"max_tokens": NUM_TOKENS, **settings},
+    )
+
+
+def text_of(stream: Any) -> str:
+    return "".join(chunk.choices[0].delta.content or "" for chunk in stream)
+
+
+def test_it_says_what_it_serves(served: Served, client: openai.OpenAI) -> None:
+    assert [model.id for model in client.models.list()] == ["tiny"]
+    assert client.models.retrieve("tiny").object == "model"
+    assert httpx.get(f"{served.url}/health").json() == {"status": "ok", "replicas": 1}
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_streamed_whole_and_target_alone_agree(
+    client: openai.OpenAI, expected: dict[str, Expected], prompt: str
+) -> None:
+    whole = create(client, prompt)
+    assert whole.choices[0].message.content == expected[prompt].text
+    assert whole.choices[0].finish_reason == "length"
+    assert text_of(create(client, prompt, stream=True)) == expected[prompt].text
+
+
+def test_usage(client: openai.OpenAI, expected: dict[str, Expected]) -> None:
+    usage = create(client).usage
+    assert usage.prompt_tokens == expected[PROMPTS[0]].prompt_tokens
+    assert usage.completion_tokens == NUM_TOKENS
+    assert usage.total_tokens == usage.prompt_tokens + NUM_TOKENS
+    chunks = list(create(client, stream=True, stream_options={"include_usage": True}))
+    assert chunks[-1].usage == usage
+    assert chunks[-1].choices == []
+    assert all(chunk.usage is None for chunk in chunks[:-1])
+
+
+def test_spans_show_what_the_draft_head_guessed(
+    client: openai.OpenAI, expected: dict[str, Expected]
+) -> None:
+    chunks = list(create(client, stream=True, extra_body={"aerie": {"spans": True}}))
+    rounds = [c.choices[0].aerie for c in chunks if hasattr(c.choices[0], "aerie")]
+    spans = [span for one in rounds for span in one["spans"]]
+    assert "".join(text for text, _ in spans) == expected[PROMPTS[0]].text
+    assert {drafted for _, drafted in spans} == {True, False}
+    assert sum(one["tokens"] for one in rounds) == NUM_TOKENS
+    # The prompt's pass drafts nothing.
+    assert [one["tree_size"] for one in rounds[:2]] == [0, 16]
+    figures = chunks[-1].aerie
+    # Each later pass gives at least one token, the head's right guesses more.
+    assert figures["rounds"] < NUM_TOKENS - 1
+    assert figures["accepted_length"] > 1
+    assert figures["tokens_per_second"] > 0
+
+    whole = create(client, extra_body={"aerie": {"spans": True}})
+    assert whole.choices[0].aerie["spans"] == spans
+    assert whole.aerie["accepted_length"] == figures["accepted_length"]
+
+
+def test_no_extension_unless_asked_for(client: openai.OpenAI) -> None:
+    whole = create(client)
+    assert not hasattr(whole, "aerie")
+    assert not hasattr(whole.choices[0], "aerie")
+
+
+def test_a_seed_repeats_a_sampled_answer(
+    client: openai.OpenAI, expected: dict[str, Expected]
+) -> None:
+    def sampled(seed: int) -> str:
+        answer = create(client, temperature=1.0, top_p=0.95, seed=seed)
+        return str(answer.choices[0].message.content)
+
+    first = sampled(1)
+    assert first == sampled(1)
+    assert len({first, sampled(2), expected[PROMPTS[0]].text}) == 3
+
+
+def test_a_stop_string_ends_the_answer(
+    client: openai.OpenAI, expected: dict[str, Expected]
+) -> None:
+    text = expected[PROMPTS[0]].text
+    stop = text[10:12]
+    for stream in (False, True):
+        answer = create(client, stop=["not in there", stop], stream=stream)
+        chunks = list(answer) if stream else [answer]
+        shown = text_of(chunks) if stream else answer.choices[0].message.content
+        assert shown == text[: text.index(stop)]
+        assert chunks[-1].choices[0].finish_reason == "stop"
+
+
+def test_several_clients_get_their_own_answers(
+    client: openai.OpenAI, expected: dict[str, Expected]
+) -> None:
+    with ThreadPoolExecutor(6) as threads:
+        answers = list(threads.map(lambda p: text_of(create(client, p, stream=True)), PROMPTS * 2))
+    assert answers == [expected[prompt].text for prompt in PROMPTS * 2]
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "param", "settings"),
+    [
+        (404, "model_not_found", "model", {"model": "gpt"}),
+        (400, "unsupported_parameter", "n", {"n": 2}),
+        (400, None, "temperature", {"temperature": -1}),
+        (400, None, "messages", {"messages": []}),
+        (400, None, "top_k", {"extra_body": {"top_k": 5}}),
+        (400, "context_length_exceeded", "messages", {"max_tokens": MAX_CONTEXT}),
+    ],
+)
+def test_refusals(
+    client: openai.OpenAI, status: int, code: str | None, param: str, settings: dict[str, Any]
+) -> None:
+    defaults = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}]}
+    for stream in (False, True):
+        with pytest.raises(openai.APIStatusError) as caught:
+            client.chat.completions.create(**{**defaults, **settings}, stream=stream)
+        assert caught.value.status_code == status
+        assert (caught.value.code, caught.value.param) == (code, param)
+        assert caught.value.type == "invalid_request_error"
+
+
+def test_too_long_a_context_names_both_lengths(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        create(client, "a" * MAX_CONTEXT)
+    message = str(caught.value.body["message"])
+    longest, taken, wanted = map(int, re.findall(r"\d+", message))
+    assert longest < MAX_CONTEXT < taken
+    assert wanted == NUM_TOKENS
+
+
+@pytest.mark.parametrize(
+    ("status", "method", "path", "body"),
+    [
+        (400, "POST", CHAT, b"{"),
+        (400, "POST", CHAT, b"\xff\xfe"),
+        (400, "POST", CHAT, b"[" * 100_000),
+        (400, "POST", CHAT, b'["a list"]'),
+        (400, "POST", CHAT, HALF_A_SURROGATE_PAIR),
+        (405, "GET", CHAT, b""),
+        (404, "GET", "/v1/nothing", b""),
+    ],
+)
+def test_every_error_has_the_shape_of_openai(
+    served: Served, status: int, method: str, path: str, body: bytes
+) -> None:
+    response = httpx.request(
+        method,
+        served.url + path,
+        content=body,
+        headers={"Content-Type": "application/json"},
+        timeout=TIMEOUT_S,
+    )
+    assert response.status_code == status
+    assert response.json()["error"].keys() == {"message", "type", "param", "code"}
+
+
+def test_a_client_that_leaves_a_stream_frees_the_replica(
+    client: openai.OpenAI, expected: dict[str, Expected]
+) -> None:
+    stream = create(client, stream=True, max_tokens=ENDLESS)
+    next(stream)
+    stream.close()
+    # Would time out if it had to wait for the other's end.
+    assert create(client).choices[0].message.content == expected[PROMPTS[0]].text
+
+
+def test_a_client_that_stops_waiting_frees_the_replica(
+    client: openai.OpenAI, expected: dict[str, Expected]
+) -> None:
+    with pytest.raises(openai.APITimeoutError):
+        create(client, max_tokens=ENDLESS, timeout=1.0)
+    assert create(client).choices[0].message.content == expected[PROMPTS[0]].text
+
+
+def test_the_terminal_chat(served: Served, expected: dict[str, Expected]) -> None:
+    command = [sys.executable, "-m", "serve.chat", "--url", served.url]
+    chat = subprocess.run(
+        [*command, "--max-tokens", str(NUM_TOKENS)],
+        input=f"/stats\n{PROMPTS[0]}\n/stats\n/reset\n/quit\n".encode(),
+        capture_output=True,
+        cwd=ROOT,
+        timeout=TIMEOUT_S,
+    )
+    output = chat.stdout.decode()
+    assert chat.returncode == 0, chat.stderr.decode()
+    assert "no answer yet" in output
+    assert "accepted length" in output
+    # The terminal shows control characters in its own way.
+    letters = "".join(filter(str.isalpha, expected[PROMPTS[0]].text))
+    assert letters in "".join(filter(str.isalpha, output))

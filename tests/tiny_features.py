@@ -1,0 +1,78 @@
+"""A tiny target and features of it, for tests of training."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from core.config import TargetConfig
+from core.data.feature_shards import FeatureDataset, Manifest, write_feature_shard
+from core.models.target import load_target
+from core.models.tiny import save_tiny_target
+from core.train.batches import BatchMaker
+from core.train.task import DraftTask
+
+SHARD_EXAMPLES = 16
+
+
+def batch_maker(task: DraftTask, *, held_out: bool = False) -> BatchMaker:
+    """Makes a task's batches as its workers do."""
+    selection = task.held_out if held_out else task.training
+    assert selection is not None
+    return BatchMaker(
+        source=FeatureDataset(task.features, "held_out" if held_out else "train"),
+        selection=selection,
+        dtype=getattr(torch, task.config.train.dtype),
+        device=torch.device("cpu"),
+        noise=task.config.draft.noise,
+        seed=task.config.train.seed,
+    )
+
+
+def write_tiny_features(
+    folder: Path, *, examples: int, held_out: int = 0, longest: int = 40, seed: int = 0
+) -> tuple[Path, Path]:
+    """Write `<folder>/target` and `<folder>/features`; returns both.
+
+    Sequences are of random tokens and lengths 8..longest, the last half of each supervised.
+    """
+    target_folder = folder / "target"
+    save_tiny_target(target_folder)
+    target = load_target(TargetConfig(path=str(target_folder), dtype="float32"), num_threads=1)
+    manifest = Manifest(
+        target=target.fingerprint,
+        feature_layers=(2,),
+        final_norm=True,
+        dtype="float32",
+        hidden_size=target.hidden_size,
+        vocab_size=target.vocab_size,
+        max_length=longest,
+        tokenizer_hash="tokenizer",
+        template_hash="template",
+        shards={},
+    )
+    generator = torch.Generator().manual_seed(seed)
+    features = folder / "features"
+    shards: dict[str, tuple[str, ...]] = {}
+    for split, count in (("train", examples), ("held_out", held_out)):
+        stems: list[str] = []
+        for start in range(0, count, SHARD_EXAMPLES):
+            stems.append(f"shard-{len(stems):05d}")
+            size = min(SHARD_EXAMPLES, count - start)
+            lengths = torch.randint(8, longest + 1, (size,), generator=generator).tolist()
+            ids = [torch.randint(3, 60, (length,), generator=generator) for length in lengths]
+            mask = [torch.arange(length) >= length // 2 for length in lengths]
+            write_feature_shard(
+                features / split / f"{stems[-1]}.safetensors",
+                features_TLH=torch.cat([target.features(row[None])[0] for row in ids])[:, None],
+                input_ids_T=torch.cat(ids),
+                loss_mask_T=torch.cat(mask),
+                offsets=torch.tensor([0, *lengths]).cumsum(0),
+                padded_tokens=sum(lengths),
+                manifest=manifest,
+            )
+        shards[split] = tuple(stems)
+    replace(manifest, shards=shards).write(features)
+    return target_folder, features

@@ -1,0 +1,164 @@
+"""Loading, calibrating and evaluating a decoder: the tiny target, a head of random weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from core.config import Config
+from core.config.draft.eagle1 import Eagle1Config
+from core.data.conversations import Message
+from core.data.prompts import Prompt
+from core.decode.calibration import LARGEST_TREE, calibrate
+from core.decode.load import load_decoder
+from core.decode.tree import PLAIN, TreePlan
+from core.draft.base import TargetGeometry, build_head
+from core.draft.folder import save_head
+from core.draft.vocabulary import DraftVocabulary
+from core.errors import ConfigError, InputError
+from core.evaluate.session import EvaluationSession, select_prompts
+from core.evaluate.speculation import BASELINE, HF_GENERATE
+from core.evaluate.summary import CHOSEN, summarize
+from core.models.target import Target
+
+
+@pytest.fixture(scope="module")
+def config(
+    tmp_path_factory: pytest.TempPathFactory, tiny_target: Target, tiny_target_folder: Path
+) -> Config:
+    geometry = TargetGeometry.of(tiny_target.model.config)
+    head = build_head(Eagle1Config(), geometry, DraftVocabulary.whole(geometry.vocab_size), 5)
+    folder = tmp_path_factory.mktemp("draft") / "head"
+    save_head(folder, head, {"target_fingerprint": tiny_target.fingerprint})
+    return Config().replace(
+        target={"path": str(tiny_target_folder), "dtype": "float32"},
+        draft={"path": str(folder)},
+        decode={"total_tokens": 6, "depth": 2, "top_k": 4, "max_context": 256},
+        eval={
+            "max_new_tokens": 10,
+            "fixed_total_tokens": [12],
+            "untrained_prompts": 1,
+            "hf_generate_prompts": 1,
+        },
+    )
+
+
+def _prompt(name: str, task: str, text: str = "hello") -> Prompt:
+    return Prompt(name, task, (Message("user", text),))
+
+
+def test_every_way_answers_and_none_differs(config: Config) -> None:
+    session = EvaluationSession(config, 1, None)
+    assert session.chosen == TreePlan(6, 2, 4) and session.calibration is None
+    prompts = [_prompt("a", "x"), _prompt("b", "x", "who are you?")]
+    session.check_prompts(prompts)
+    results = [session.answer(prompt, turn) for turn, prompt in enumerate(prompts)]
+    everything = [BASELINE, CHOSEN, "tree_12", "untrained_12", HF_GENERATE]
+    assert list(results[0].answers) == everything
+    assert list(results[1].answers) == everything[:3], "the first prompts alone"
+    assert all(not result.differences for result in results)
+    assert len({result.answers[BASELINE].token_ids for result in results}) == 2
+    report = summarize(results)["overall"]
+    assert report["lossless_identical"] == report["lossless_total"] == 5
+    assert report["ways"]["tree_12"]["tree_size"] == 12
+
+
+def test_a_prompt_that_does_not_fit_is_named_before_any_is_answered(config: Config) -> None:
+    session = EvaluationSession(config, 1, None)
+    long = _prompt("too-long", "x", "word " * 50)
+    with pytest.raises(InputError, match=r"prompt too-long: .* the context holds 256"):
+        session.check_prompts([_prompt("a", "x"), long])
+
+
+def test_a_resumed_evaluation_keeps_its_tree(config: Config) -> None:
+    automatic = config.replace(decode={"total_tokens": "auto"})
+    session = EvaluationSession(automatic, 1, TreePlan(3, 1, 4))
+    assert session.chosen == TreePlan(3, 1, 4) and session.calibration is None
+    # The fixed size keeps the depth of the configuration, and finds room to draft with it.
+    assert "tree_12" in session.answer(_prompt("a", "x"), 0).answers
+
+
+def test_prompts_are_spread_over_tasks() -> None:
+    prompts = [_prompt(f"{task}{n}", task) for task in ("x", "y") for n in range(3)]
+    prompts += [_prompt("z0", "z")]
+    taken = [prompt.id for prompt in select_prompts(prompts, 5)]
+    assert taken == ["x0", "y0", "z0", "x1", "y1"]
+    assert len(select_prompts(prompts, None)) == 7
+    assert select_prompts([], 3) == []
+
+
+def test_calibration_measures_and_chooses(config: Config) -> None:
+    loaded = load_decoder(config.replace(decode={"total_tokens": "auto"}), num_threads=1)
+    assert loaded.calibration is not None
+    summary = loaded.calibration.summary()
+    most = 1 + 4 + 2 * 16
+    assert max(summary["by_size"]) <= min(LARGEST_TREE, most)
+    assert summary["plain_step_ms"] > 0 and summary["expand_ms"] > 0
+    for row in summary["by_size"].values():
+        assert row["speedup"] > 0 and row["verify_ms"] > 0
+        assert 0 <= row["depth"] <= 2 and row["accepted_length"] >= 1
+    assert summary["rounds_measured"] > 0
+    assert loaded.decoder.plan == loaded.calibration.plan
+    assert summary["total_tokens"] == loaded.decoder.plan.total_tokens
+    rounds = list(loaded.decoder.generate([1, 2 + 40], max_new_tokens=3))
+    assert sum(len(done.tokens) for done in rounds) <= 3
+
+
+def test_what_cannot_be_calibrated_is_refused(config: Config) -> None:
+    plain = load_decoder(config.replace(draft={"path": None}, decode={"total_tokens": "auto"}))
+    assert plain.decoder.plan == PLAIN and plain.calibration is None
+    with pytest.raises(ConfigError, match="needs a draft head"):
+        calibrate(plain.decoder)
+    with pytest.raises(ConfigError, match="too short for the measurement"):
+        load_decoder(config.replace(decode={"total_tokens": "auto", "max_context": 100}))
+
+
+def test_a_tree_without_a_head_is_refused(config: Config) -> None:
+    decoder = load_decoder(config.replace(draft={"path": None}, decode={"total_tokens": 1})).decoder
+    assert decoder.plan_of(1) == PLAIN
+    with pytest.raises(ConfigError, match=r"decode\.total_tokens=8 needs a draft head"):
+        decoder.plan_of(8)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "count", "said"),
+    [
+        ([], 5, "the prompt is empty"),
+        ([1, 2, 3], 0, "max_new_tokens=0 generates nothing"),
+        ([1, 2, 3], -2, "max_new_tokens=-2 generates nothing"),
+        ([1] * 200, 51, "200 prompt tokens . 51 new tokens . a tree of 6 need 257 positions"),
+    ],
+)
+def test_what_cannot_be_generated_is_refused(
+    config: Config, prompt: list[int], count: int, said: str
+) -> None:
+    decoder = load_decoder(config).decoder
+    with pytest.raises(InputError, match=said):
+        next(decoder.generate(prompt, max_new_tokens=count))
+
+
+def test_a_generation_may_be_left_and_another_begun(config: Config) -> None:
+    decoder = load_decoder(config).decoder
+
+    def answer() -> list[int]:
+        rounds = decoder.generate([1, 70, 80], max_new_tokens=12)
+        return [token for done in rounds for token in done.tokens]
+
+    before = answer()
+    left = decoder.generate([1, 99], max_new_tokens=12)
+    next(left), next(left)
+    left.close()  # type: ignore[attr-defined]
+    assert answer() == before
+
+
+def test_a_seed_makes_sampling_repeatable(config: Config) -> None:
+    decoder = load_decoder(config).decoder
+
+    def answer(seed: int | None) -> tuple[int, ...]:
+        rounds = decoder.generate([1, 70], max_new_tokens=12, temperature=1.0, seed=seed)
+        return tuple(token for done in rounds for token in done.tokens)
+
+    assert answer(1) == answer(1)
+    assert len({answer(seed) for seed in range(5)}) > 1
+    assert len({answer(None) for _ in range(5)}) > 1

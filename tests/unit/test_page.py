@@ -1,0 +1,141 @@
+from __future__ import annotations
+
+import base64
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from core.evaluate.page import PLOTS, lossless, print_table, read_samples, way_rows, write_page
+from core.evaluate.plots import plot_evaluation
+from core.evaluate.speculation import BASELINE, HF_GENERATE, Answer, Difference, PromptResult
+from core.evaluate.summary import CHOSEN, summarize
+
+CALIBRATION = {
+    "by_size": {
+        "2": {"verify_ms": 10.0, "depth": 0, "accepted_length": 1.2, "speedup": 1.1},
+        "8": {"verify_ms": 12.0, "depth": 2, "accepted_length": 1.9, "speedup": 1.4},
+    }
+}
+
+
+def _report(*, rounds: int = 3, calibration: dict[str, Any] | None = CALIBRATION) -> dict[str, Any]:
+    def answer(way: str, size: int) -> Answer:
+        accepted = (2,) * rounds if size > 1 else (1,) * rounds
+        depths = (1,) * rounds if size > 1 else (0,) * rounds
+        return Answer(way, (1, 2, 3), 1.0 / size, rounds, accepted, depths, size)
+
+    answers = {
+        BASELINE: answer(BASELINE, 1),
+        CHOSEN: answer(CHOSEN, 8),
+        "tree_60": answer("tree_60", 60),
+        "untrained_60": answer("untrained_60", 60),
+        HF_GENERATE: Answer(HF_GENERATE, (1, 2, 3), 1.0),
+    }
+    result = PromptResult("a/1", "first_turn", 4, "text", answers, {"tree_60": Difference(2, 3e-5)})
+    return {
+        **summarize([result]),
+        "chosen": {"total_tokens": 8, "depth": 2},
+        "calibration": calibration,
+        "device": "cpu",
+        "threads": 2,
+        "settings": {"dtype": "float32", "max_new_tokens": 64, "temperature": 0},
+    }
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for name, _ in PLOTS:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"\x89PNG of " + name.encode())
+    return tmp_path
+
+
+def test_rows_have_names_for_people() -> None:
+    assert [row["name"] for row in way_rows(_report())] == [
+        "autoregressive (baseline)",
+        "chosen tree, 8 nodes",
+        "tree of 60 nodes",
+        "untrained head, 60 nodes",
+        "HF generate",
+    ]
+
+
+def test_losslessness_in_words() -> None:
+    report = _report()
+    assert lossless(report) == "2/3 and 1 near-ties of the target's own logits"
+    report["overall"].update(lossless_identical=3, lossless_near_tie=0)
+    assert lossless(report) == "3/3"
+
+
+@pytest.mark.parametrize("calibration", [CALIBRATION, None])
+def test_the_page_stands_alone(folder: Path, calibration: dict[str, Any] | None) -> None:
+    reports = {
+        "prepare_data": {"examples": 640},
+        "evaluate_draft": _report(calibration=calibration),
+    }
+    path = write_page(folder, reports, [])
+    page = path.read_text()
+    assert path == folder / "report.html"
+    images = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
+    assert [base64.b64decode(image) for image in images] == [
+        b"\x89PNG of " + name.encode() for name, _ in PLOTS
+    ]
+    assert "http://" not in page and "https://" not in page
+    assert "untrained head, 60 nodes" in page and "2/3 and 1 near-ties" in page.replace(
+        "&#39;", "'"
+    )
+    assert "3.0e-05" in page and "640" in page
+    assert ("8 (chosen)" in page) == (calibration is not None)
+    assert ("Fixed by the configuration: 8 nodes" in page) == (calibration is None)
+
+
+def test_what_a_model_wrote_is_shown_and_not_run(folder: Path) -> None:
+    sample = {
+        "id": "<b>",
+        "task": "first_turn",
+        "prompt_tokens": 4,
+        "text": "<script>alert(1)</script> τ & more",
+    }
+    page = write_page(folder, {"evaluate_draft": _report()}, [sample]).read_text()
+    assert "<script>" not in page
+    assert "&lt;script&gt;alert(1)&lt;/script&gt; τ &amp; more" in page
+
+
+def test_the_table_in_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    print_table(_report())
+    shown = capsys.readouterr().out
+    assert re.search(r"chosen tree, 8 nodes +│ +1 │ +2\.00 │ +24\.0 │ +8\.00×", shown)
+    assert re.search(r"HF generate +│ +1 │ +– │", shown)
+    assert "first_turn: speedup 8.00×, τ 2.00" in shown
+    assert "repetition rate of the outputs: 0.0%" in shown
+    assert "lossless: 2/3 and 1 near-ties" in shown
+    assert "a/1 (tree_60): differs from token 2 on" in shown
+
+
+def test_answers_of_one_token_have_no_accepted_length(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every answer ended with the prompt's own pass."""
+    report = _report(rounds=0)
+    print_table(report)
+    assert "first_turn: speedup 8.00×, τ –" in capsys.readouterr().out
+    assert "chosen tree, 8 nodes" in write_page(folder, {"evaluate_draft": report}, []).read_text()
+    assert all(path.exists() for path in plot_evaluation(report, folder))
+
+
+def test_plots_are_pictures(tmp_path: Path) -> None:
+    paths = plot_evaluation(_report(), tmp_path)
+    assert {f"evaluation/{path.name}" for path in paths} <= {name for name, _ in PLOTS}
+    for path in paths:
+        with Image.open(path) as picture:
+            assert picture.width > 400 and len(set(picture.convert("RGB").getdata())) > 3
+
+
+def test_samples_are_the_first_answers(tmp_path: Path) -> None:
+    lines = [json.dumps({"id": str(number)}) for number in range(9)]
+    (tmp_path / "outputs.jsonl").write_text("\n".join(lines) + "\n")
+    assert [sample["id"] for sample in read_samples(tmp_path)] == list("012345")

@@ -1,0 +1,192 @@
+"""serve.protocol: what is accepted, what is refused and how it is said."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from serve.errors import ApiError, validation_error
+from serve.protocol import (
+    Answer,
+    ChatRequest,
+    Finished,
+    Generation,
+    Progressed,
+    server_sent,
+)
+
+HELLO = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
+
+
+def refusal(**fields: Any) -> ApiError:
+    """The error that a request with these fields gets."""
+    try:
+        request = ChatRequest.model_validate({**HELLO, **fields})
+    except ApiError as error:
+        return error
+    except ValidationError as error:
+        return validation_error(error.errors())
+    raise AssertionError(f"accepted: {request}")
+
+
+def generation(**fields: Any) -> Generation:
+    return ChatRequest.model_validate({**HELLO, **fields}).generation()
+
+
+def test_what_is_not_given_is_left_to_the_server() -> None:
+    request = generation(temperature=None, stop=None, stream=None)
+    assert request.messages == (("user", "hi"),)
+    assert (request.temperature, request.top_p, request.seed) == (None, None, None)
+    assert (request.max_new_tokens, request.stops) == (None, ())
+
+
+def test_what_is_given_reaches_the_decoder() -> None:
+    request = generation(
+        temperature=0.7, top_p=0.9, seed=-3, stop="x", max_tokens=9, max_completion_tokens=5
+    )
+    assert (request.temperature, request.top_p, request.seed) == (0.7, 0.9, -3)
+    assert request.max_new_tokens == 5
+    assert request.stops == ("x",)
+
+
+def test_contents_of_parts_and_the_newer_system_role() -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    messages = [
+        {"role": "developer", "content": "be brief"},
+        {"role": "user", "content": parts},
+        # As the OpenAI client dumps a message that it got.
+        {"role": "assistant", "content": "c", "refusal": None, "tool_calls": None},
+    ]
+    expected = (("system", "be brief"), ("user", "ab"), ("assistant", "c"))
+    assert generation(messages=messages).messages == expected
+
+
+def test_harmless_fields_are_accepted() -> None:
+    harmless = {
+        "user": "someone", "metadata": {"a": "b"}, "store": False, "n": 1, "logit_bias": {},
+        "logprobs": False, "frequency_penalty": 0.0, "presence_penalty": None, "tools": None,
+        "response_format": {"type": "text"},
+    }  # fmt: skip
+    assert generation(**harmless) == generation()
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("n", 2),
+        ("frequency_penalty", 0.5),
+        ("presence_penalty", -1),
+        ("logprobs", True),
+        ("top_logprobs", 3),
+        ("logit_bias", {"5": 1}),
+        ("tools", [{"type": "function"}]),
+        ("response_format", {"type": "json_object"}),
+    ],
+)
+def test_what_would_change_the_output_is_refused_by_name(field: str, value: Any) -> None:
+    error = refusal(**{field: value})
+    assert error.status == 400
+    assert error.param == field
+    assert error.message.startswith(f"{field} is supported here only as")
+
+
+@pytest.mark.parametrize(
+    ("param", "fields"),
+    [
+        ("temperature", {"temperature": 2.5}),
+        ("temperature", {"temperature": "0"}),
+        ("temperature", {"temperature": float("nan")}),
+        ("top_p", {"top_p": 0}),
+        ("seed", {"seed": 2**63}),
+        ("max_tokens", {"max_tokens": 0}),
+        ("stream", {"stream": "yes"}),
+        ("stop", {"stop": ""}),
+        ("stop", {"stop": ["a"] * 17}),
+        ("messages", {"messages": []}),
+        ("messages.0.role", {"messages": [{"role": "tool", "content": "x"}]}),
+        ("messages.0.content", {"messages": [{"role": "user"}]}),
+        ("messages.0.content", {"messages": [{"role": "user", "content": 5}]}),
+        (
+            "messages.0.content",
+            {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
+        ),
+        ("messages.0.name", {"messages": [{"role": "user", "content": "x", "name": "Bo"}]}),
+        ("messages.0.content", {"messages": [{"role": "user", "content": "\ud800"}]}),
+        ("model", {"model": None}),
+        ("top_k", {"top_k": 5}),
+        ("top-k", {"top-k": 5}),
+        ("aerie.colour", {"aerie": {"colour": True}}),
+    ],
+)
+def test_wrong_values_are_refused_by_name(param: str, fields: dict[str, Any]) -> None:
+    error = refusal(**fields)
+    assert error.status == 400
+    assert error.param == param
+    assert param.rpartition(".")[2] in error.message
+
+
+def test_stream_options_need_a_stream() -> None:
+    assert "stream: true" in refusal(stream_options={"include_usage": True}).message
+
+
+def test_an_error_can_be_sent_whatever_was_in_the_request() -> None:
+    lone_surrogate = {"a\ud800": 1}
+    for error in (refusal(**lone_surrogate), refusal(metadata=1, aerie=lone_surrogate)):
+        assert error.status == 400
+        assert b"message" in json.dumps(error.body(), ensure_ascii=False).encode()
+
+
+def test_errors_have_the_shape_of_openai() -> None:
+    body = ApiError(404, "no such model", param="model", code="model_not_found").body()
+    assert body == {
+        "error": {
+            "message": "no such model",
+            "type": "invalid_request_error",
+            "param": "model",
+            "code": "model_not_found",
+        }
+    }
+
+
+ROUNDS = [Progressed((("a", False),), 1, 1), Progressed((), 1, 8), Progressed((("é", True),), 1, 8)]
+FINISHED = Finished("length", 3, rounds=3, accepted_length=1.0, tokens_per_second=10.0)
+
+
+def test_a_whole_answer() -> None:
+    body = Answer("m").whole(7, ROUNDS, FINISHED)
+    assert body["object"] == "chat.completion"
+    assert body["choices"][0]["message"]["content"] == "aé"
+    assert body["choices"][0]["finish_reason"] == "length"
+    assert body["usage"] == {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10}
+    assert "aerie" not in body
+    assert "aerie" not in body["choices"][0]
+
+
+def test_spans_and_figures_only_where_asked_for() -> None:
+    body = Answer("m", with_spans=True).whole(7, ROUNDS, FINISHED)
+    assert body["choices"][0]["aerie"] == {"spans": [("a", False), ("é", True)]}
+    assert body["aerie"] == {"accepted_length": 1.0, "tokens_per_second": 10.0, "rounds": 3}
+
+
+def test_chunks_without_text_are_left_out_unless_spans_are_wanted() -> None:
+    assert [len(Answer("m").part(each)) for each in ROUNDS] == [1, 0, 1]
+    (silent,) = Answer("m", with_spans=True).part(ROUNDS[1])
+    assert silent["choices"][0]["aerie"] == {"spans": (), "tokens": 1, "tree_size": 8}
+
+
+def test_usage_comes_in_a_chunk_without_choices() -> None:
+    answer = Answer("m", with_usage=True)
+    last, usage = answer.closing(7, FINISHED)
+    assert last["choices"][0]["finish_reason"] == "length"
+    assert last["usage"] is None
+    assert usage["choices"] == []
+    assert usage["usage"]["total_tokens"] == 10
+    assert len(Answer("m").closing(7, FINISHED)) == 1
+
+
+def test_events_of_a_stream() -> None:
+    assert server_sent("[DONE]") == "data: [DONE]\n\n"
+    assert server_sent({"text": "é\n\n"}) == 'data: {"text": "é\\n\\n"}\n\n'

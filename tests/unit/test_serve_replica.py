@@ -1,0 +1,169 @@
+"""serve.replica in this process, with a real decoder on the tiny target."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from core.config import Config
+from core.data.conversations import Message
+from core.data.template import encode_prompt
+from core.models.tiny import save_tiny_target
+from serve.protocol import Accepted, Finished, Generation, Progressed, Rejected
+from serve.replica import DecoderReplica
+
+Run = Callable[[Coroutine[Any, Any, Any]], Any]
+
+
+@pytest.fixture(scope="module")
+def run() -> Iterator[Run]:
+    """One event loop for all, as a replica has."""
+    with asyncio.Runner() as runner:
+        yield runner.run
+
+
+@pytest.fixture(scope="module")
+def replica(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DecoderReplica]:
+    """Without a draft head: what is tested here is what surrounds the decoder."""
+    model = tmp_path_factory.mktemp("replica") / "target"
+    save_tiny_target(model)
+    threads = torch.get_num_threads()
+    yield DecoderReplica(
+        Config().replace(
+            target={"path": str(model), "dtype": "float32"},
+            decode={"max_context": 400},
+            serve={"cpus_per_replica": 1, "max_new_tokens": 5},
+        )
+    )
+    torch.set_num_threads(threads)
+
+
+def asked(prompt: str, **settings: Any) -> Generation:
+    return Generation(messages=(("user", prompt),), **settings)
+
+
+async def events_of(replica: DecoderReplica, request: Generation) -> list[Any]:
+    return [event async for event in replica.generate(request)]
+
+
+def text_of(events: list[Any]) -> str:
+    return "".join(event.text for event in events if isinstance(event, Progressed))
+
+
+def decoded(replica: DecoderReplica, prompt: str, max_new_tokens: int) -> tuple[list[int], str]:
+    tokenizer = replica._tokenizer
+    prompt_ids = encode_prompt(tokenizer, [Message("user", prompt)])
+    rounds = replica._decoder.generate(prompt_ids, max_new_tokens=max_new_tokens)
+    tokens = [token for one in rounds for token in one.tokens]
+    return tokens, str(tokenizer.decode(tokens, skip_special_tokens=True))
+
+
+def test_an_answer_that_ends_by_itself(replica: DecoderReplica, run: Run) -> None:
+    prompt = "Tell me a story"
+    tokens, text = decoded(replica, prompt, 300)
+    assert tokens[-1] in replica._decoder.target.eos_token_ids, "another prompt is needed"
+    events = run(events_of(replica, asked(prompt, max_new_tokens=300)))
+    assert isinstance(events[0], Accepted)
+    assert text_of(events) == text
+    assert isinstance(events[-1], Finished)
+    assert events[-1].reason == "stop"
+    assert events[-1].completion_tokens == len(tokens)
+
+
+def test_an_answer_that_is_cut(replica: DecoderReplica, run: Run) -> None:
+    events = run(events_of(replica, asked("Hello!")))
+    assert text_of(events) == decoded(replica, "Hello!", 5)[1]
+    assert events[-1].reason == "length"
+    assert events[-1].completion_tokens == 5
+    # The prompt's pass gives one token of the five; without a head, each round gives one.
+    assert events[-1].rounds == 4
+    assert events[-1].accepted_length == 1.0
+
+
+def test_the_context_is_used_to_its_last_token_and_no_further(
+    replica: DecoderReplica, run: Run
+) -> None:
+    (accepted, *_) = run(events_of(replica, asked("Hello!")))
+    room = 400 - 1 - accepted.prompt_tokens
+    events = run(events_of(replica, asked("Hello!", max_new_tokens=room)))
+    assert isinstance(events[-1], Finished)
+    (rejected,) = run(events_of(replica, asked("Hello!", max_new_tokens=room + 1)))
+    assert isinstance(rejected, Rejected)
+    assert rejected.code == "context_length_exceeded"
+
+
+def test_an_answer_without_a_limit_fills_what_room_there_is(
+    replica: DecoderReplica, run: Run
+) -> None:
+    (accepted, *_) = run(events_of(replica, asked("x")))
+    long_prompt = "x" * (400 - 1 - accepted.prompt_tokens + 1 - 2)
+    events = run(events_of(replica, asked(long_prompt)))
+    assert events[-1].completion_tokens == 2
+
+
+async def take(events: AsyncIterator[Any], count: int) -> list[Any]:
+    return [await anext(events) for _ in range(count)]
+
+
+def test_closing_an_answer_stops_the_decoder(replica: DecoderReplica, run: Run) -> None:
+    async def give_up() -> list[Any]:
+        async with aclosing(replica.generate(asked("Hello!", max_new_tokens=300))) as events:  # type: ignore[type-var]
+            await take(events, 4)
+        return await events_of(replica, asked("Hello!"))
+
+    assert text_of(run(give_up())) == decoded(replica, "Hello!", 5)[1]
+
+
+def test_cancelling_while_a_round_runs_leaves_the_next_answer_right(
+    replica: DecoderReplica,
+    run: Run,
+) -> None:
+    async def cancel() -> list[Any]:
+        running = asyncio.create_task(events_of(replica, asked("Hello!", max_new_tokens=300)))
+        waiting = asyncio.create_task(events_of(replica, asked("Hello!")))
+        while not replica._turn.locked():
+            await asyncio.sleep(0)
+        running.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await running
+        return await waiting
+
+    assert text_of(run(cancel())) == decoded(replica, "Hello!", 5)[1]
+
+
+def test_answers_come_in_turn(replica: DecoderReplica, run: Run) -> None:
+    async def ask_all() -> list[list[Any]]:
+        return await asyncio.gather(*(events_of(replica, asked(p)) for p in ("a", "b", "a", "c")))
+
+    answers = [text_of(events) for events in run(ask_all())]
+    assert answers == [decoded(replica, prompt, 5)[1] for prompt in ("a", "b", "a", "c")]
+
+
+def test_a_stop_string_ends_the_decoding(replica: DecoderReplica, run: Run) -> None:
+    _, text = decoded(replica, "Hello!", 60)
+    stop = text[10:12]
+    events = run(events_of(replica, asked("Hello!", max_new_tokens=60, stops=(stop,))))
+    assert text_of(events) == text[: text.index(stop)]
+    assert events[-1].reason == "stop"
+    assert events[-1].completion_tokens < 60
+
+
+def test_a_template_that_refuses_is_the_clients_error(
+    replica: DecoderReplica, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refusing = "{{ raise_exception('only one message, please') }}"
+    monkeypatch.setattr(replica._tokenizer, "chat_template", refusing)
+    (rejected,) = run(events_of(replica, asked("Hello!")))
+    assert isinstance(rejected, Rejected)
+    assert "only one message, please" in rejected.message
+
+
+def test_a_replica_with_a_broken_config_does_not_start(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no config\.json"):
+        DecoderReplica(Config().replace(target={"path": str(tmp_path)}))

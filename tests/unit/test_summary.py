@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+import pytest
+
+from core.evaluate.speculation import BASELINE, HF_GENERATE, Answer, Difference, PromptResult
+from core.evaluate.summary import (
+    CHOSEN,
+    acceptance_by_depth,
+    accepted_length,
+    summarize,
+    tokens_per_second,
+)
+
+
+def _answer(way: str, tokens: int, seconds: float, accepted=(), depths=(), size: int = 1) -> Answer:
+    return Answer(way, tuple(range(tokens)), seconds, len(accepted), accepted, depths, size)
+
+
+FIRST = PromptResult(
+    "a",
+    "first_turn",
+    5,
+    "text",
+    {
+        BASELINE: _answer(BASELINE, 10, 2.0, (1,) * 9, (0,) * 9),
+        CHOSEN: _answer(CHOSEN, 10, 1.0, (3, 4, 2), (2, 3, 2), 8),
+        "tree_60": _answer("tree_60", 10, 4.0, (5, 4), (4, 3), 60),
+        HF_GENERATE: _answer(HF_GENERATE, 10, 2.5),
+    },
+)
+SECOND = PromptResult(
+    "b",
+    "follow_up",
+    7,
+    "text",
+    {
+        BASELINE: _answer(BASELINE, 20, 4.0, (1,) * 19, (0,) * 19),
+        CHOSEN: _answer(CHOSEN, 20, 3.0, (10, 9), (9, 8), 8),
+        "tree_60": _answer("tree_60", 20, 4.0, (10, 9), (9, 8), 60),
+    },
+    {CHOSEN: Difference(4, 1e-5), "tree_60": Difference(3, 0.5)},
+)
+
+
+def test_speed_is_tokens_over_seconds_of_all_answers() -> None:
+    assert tokens_per_second([_answer("x", 10, 1.0), _answer("x", 20, 3.0)]) == 30 / 4
+
+
+def test_accepted_length_is_tokens_a_pass() -> None:
+    answers = [_answer("x", 10, 1.0, (3, 4, 2)), _answer("x", 20, 1.0, (10, 9))]
+    assert accepted_length(answers) == 28 / 5
+    assert accepted_length([_answer("x", 10, 1.0)]) is None
+
+
+def test_acceptance_by_depth_is_conditional() -> None:
+    answers = [_answer("x", 1, 1.0, (1,) * 5, (0, 1, 1, 3, 3))]
+    assert acceptance_by_depth(answers) == [4 / 5, 2 / 4, 2 / 2]
+    assert acceptance_by_depth([_answer("x", 1, 1.0)]) == []
+
+
+def test_overall() -> None:
+    overall = summarize([FIRST, SECOND])["overall"]
+    assert overall["prompts"] == 2
+    assert overall["baseline_tokens_per_second"] == 30 / 6
+    assert overall["tokens_per_second"] == 30 / 4
+    assert overall["speedup"] == pytest.approx(6 / 4)
+    assert overall["accepted_length"] == 28 / 5
+    assert overall["repetition_rate"] == 0
+    assert list(overall["ways"]) == [BASELINE, CHOSEN, "tree_60", HF_GENERATE]
+    assert overall["ways"][BASELINE]["speedup"] == 1
+    assert overall["ways"][BASELINE]["accepted_length"] == 1
+
+
+def test_a_way_is_compared_on_the_prompts_that_it_answered() -> None:
+    row = summarize([FIRST, SECOND])["overall"]["ways"][HF_GENERATE]
+    assert row["prompts"] == 1 and row["accepted_length"] is None
+    assert row["speedup"] == pytest.approx(2.0 / 2.5)
+
+
+def test_losslessness_counts_every_answer_of_ours() -> None:
+    report = summarize([FIRST, SECOND])
+    overall = report["overall"]
+    assert overall["lossless_total"] == 4, "neither the baseline itself nor HF's"
+    assert (overall["lossless_identical"], overall["lossless_near_tie"]) == (2, 1)
+    assert report["differences"] == [
+        {"id": "b", "way": CHOSEN, "position": 4, "gap": 1e-5, "near_tie": True},
+        {"id": "b", "way": "tree_60", "position": 3, "gap": 0.5, "near_tie": False},
+    ]
+
+
+def test_tasks_have_rows_of_their_own() -> None:
+    tasks = summarize([FIRST, SECOND])["tasks"]
+    assert list(tasks) == ["first_turn", "follow_up"]
+    assert tasks["first_turn"]["speedup"] == 2
+    assert tasks["follow_up"]["speedup"] == pytest.approx(4 / 3)
+    assert tasks["first_turn"]["lossless_identical"] == 2
+
+
+def test_keys_are_stable() -> None:
+    """Reports are read by others."""
+    report = summarize([FIRST, SECOND])
+    assert set(report) == {"tasks", "overall", "differences"}
+    assert set(report["overall"]) == {
+        "prompts",
+        "tokens_per_second",
+        "baseline_tokens_per_second",
+        "speedup",
+        "accepted_length",
+        "acceptance_by_depth",
+        "lossless_identical",
+        "lossless_near_tie",
+        "lossless_total",
+        "repetition_rate",
+        "ways",
+    }
+    assert set(report["overall"]["ways"][CHOSEN]) == {
+        "prompts",
+        "tree_size",
+        "tokens_per_second",
+        "speedup",
+        "accepted_length",
+        "acceptance_by_depth",
+    }

@@ -1,0 +1,233 @@
+"""The DeepSpeed engine and the loop, in one process over gloo."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from core.config import Config
+from core.draft.base import DraftHead
+from core.draft.folder import load_head
+from core.errors import StageError
+from core.models.weights import load_embedding, load_output_head
+from core.tracking import read_metrics
+from core.train.engine import TrainingEngine
+from core.train.schedule import learning_rate
+from core.train.task import DraftTask, prepare, train
+from tests.tiny_features import batch_maker, write_tiny_features
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A process group of one, as a worker finds it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DS_ACCELERATOR", "cpu")
+        for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
+            patch.setenv(name, value)
+        store = tmp_path_factory.mktemp("group") / "store"
+        torch.distributed.init_process_group(
+            "gloo", init_method=f"file://{store}", rank=0, world_size=1
+        )
+        yield
+        torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    return write_tiny_features(tmp_path_factory.mktemp("tiny"), examples=24, held_out=5)
+
+
+def _task(folders: tuple[Path, Path], **train: Any) -> DraftTask:
+    settings = {
+        "num_workers": 1,
+        "global_batch_size": 8,
+        "micro_batch_size": 3,
+        "max_length": 24,
+        "lr": 1e-2,
+        "warmup_steps": 2,
+        "epochs": 2,
+        "eval_every": 3,
+        "checkpoint_every": 2,
+        **train,
+    }
+    return prepare(Config().replace(train=settings, draft={"vocab_size": 40}), *folders)
+
+
+def _engine(task: DraftTask) -> TrainingEngine:
+    embedding, output_head = load_embedding(task.target), load_output_head(task.target)
+    return TrainingEngine(task.new_head(), embedding, output_head, task.config.train, CPU)
+
+
+def _steps(engine: TrainingEngine, task: DraftTask, steps: range) -> list[float]:
+    """Train; returns the gradient norms."""
+    maker, norms = batch_maker(task), []
+    for step in steps:
+        passes = task.order.micro_batches(step, 0, 1, task.config.train.micro_batch_size)
+        for number, rows in enumerate(passes, start=1):
+            batch = maker.batch(rows, step)
+            engine.accumulate(batch, task.order.supervised(step), last=number == len(passes))
+        norms.append(engine.step(learning_rate(step, task.order.total_steps, task.config.train)))
+    return norms
+
+
+def _reference(task: DraftTask, steps: int) -> tuple[DraftHead, list[float]]:
+    """The same in plain torch, the global batch in one pass."""
+    config, head, maker = task.config.train, task.new_head(), batch_maker(task)
+    head.attach_target(load_embedding(task.target), load_output_head(task.target))
+    optimizer = torch.optim.AdamW(head.parameters(), betas=config.betas, weight_decay=0.0)
+    norms = []
+    for step in range(steps):
+        result = head.losses(maker.batch(task.order.global_batch(step), step))
+        optimizer.zero_grad()
+        (result.loss / result.num_tokens).backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(head.parameters(), config.clip)))
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, task.order.total_steps, config)
+        optimizer.step()
+    return head, norms
+
+
+@pytest.mark.parametrize("parallelism", ["ddp", "zero1", "zero2"])
+def test_steps_equal_plain_torch_on_the_whole_batch(
+    folders: tuple[Path, Path], parallelism: str
+) -> None:
+    # A small clip, so that clipping takes part.
+    task = _task(folders, parallelism=parallelism, clip=0.05)
+    reference, norms = _reference(task, steps=4)
+    engine = _engine(task)
+    assert _steps(engine, task, range(4)) == pytest.approx(norms, rel=1e-4)
+    assert min(norms) > task.config.train.clip
+    weights, before = engine.full_weights(), task.new_head().state_dict()
+    for name, wanted in reference.state_dict().items():
+        torch.testing.assert_close(weights[name], wanted, rtol=1e-4, atol=1e-5)
+        assert (weights[name] - before[name]).abs().max() > 1e-3, name
+
+
+def test_two_workers_add_up_to_one(folders: tuple[Path, Path]) -> None:
+    """The mean over workers of what each hands to DeepSpeed is the whole batch's gradient."""
+    task = _task(folders)
+    maker, order, world_size = batch_maker(task), task.order, 2
+
+    def gradient(parts: list[np.ndarray], scale: float) -> torch.Tensor:
+        head = task.new_head()
+        head.attach_target(load_embedding(task.target), load_output_head(task.target))
+        for rows in parts:
+            (head.losses(maker.batch(rows, 0)).loss * scale).backward()
+        return torch.cat([p.grad.flatten() for p in head.parameters() if p.grad is not None])
+
+    whole = gradient([order.global_batch(0)], 1 / order.supervised(0))
+    scale = world_size / order.supervised(0)
+    workers = [gradient(order.micro_batches(0, r, world_size, 3), scale) for r in range(world_size)]
+    assert not torch.allclose(workers[0], whole, rtol=0.1)
+    torch.testing.assert_close(sum(workers) / world_size, whole, rtol=1e-4, atol=1e-6)
+
+
+def test_bfloat16_keeps_float32_weights_and_positions(folders: tuple[Path, Path]) -> None:
+    task = _task(folders, dtype="bfloat16", parallelism="zero1")
+    engine = _engine(task)
+    head = engine.module.head
+    assert {p.dtype for p in head.parameters()} == {torch.bfloat16}
+    for name, buffer in task.new_head().named_buffers():
+        assert torch.equal(dict(head.named_buffers())[name], buffer)
+    _steps(engine, task, range(2))
+    weights = engine.full_weights()
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+    # Updates smaller than bfloat16 resolves are kept.
+    fc = weights["fc.weight"]
+    assert not torch.equal(fc, fc.bfloat16().float())
+    assert torch.equal(fc.bfloat16(), dict(head.named_parameters())["fc.weight"])
+
+
+@dataclass
+class _FolderHost:
+    """Keeps checkpoints in a folder; stops the run after one of them, as a kill would."""
+
+    folder: Path
+    stop_after: int | None = None
+    rank: int = 0
+    world_size: int = 1
+
+    @contextmanager
+    def last_checkpoint(self) -> Iterator[Path | None]:
+        kept = sorted(self.folder.glob("step-*"))
+        yield kept[-1] if kept else None
+
+    def keep_checkpoint(self, step: int, save: Callable[[Path], None]) -> None:
+        kept = self.folder / f"step-{step:08d}"
+        kept.mkdir(parents=True)
+        save(kept)
+        if step == self.stop_after:
+            raise KeyboardInterrupt
+
+
+def _curve(folder: Path) -> list[dict[str, Any]]:
+    timed = ("time", "tokens_per_second")
+    return [{k: v for k, v in r.items() if k not in timed} for r in read_metrics(folder)]
+
+
+def test_a_run_goes_on_exactly(
+    folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Every 2 steps a checkpoint: the run goes on from step 4, in the middle of a record's steps.
+    monkeypatch.setattr("core.train.loop.LOG_EVERY", 3)
+    task = _task(folders, epochs=3)
+    assert task.order.total_steps == 9
+    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
+    whole = train(task, undisturbed, "run", _FolderHost(undisturbed / "kept"), CPU)
+    with pytest.raises(KeyboardInterrupt):
+        train(task, killed, "run", _FolderHost(killed / "kept", stop_after=6), CPU)
+    assert not (killed / "head").exists()
+    # The kill came later: a checkpoint was lost, and records beyond the one before it are there.
+    shutil.rmtree(killed / "kept" / "step-00000006")
+    figures = train(task, killed, "run", _FolderHost(killed / "kept"), CPU)
+
+    timed = ("seconds", "tokens_per_second")
+    assert {k: v for k, v in figures.items() if k not in timed} == {
+        k: v for k, v in whole.items() if k not in timed
+    }
+    assert [record["step"] for record in _curve(killed)] == [1, 3, 3, 6, 6, 9, 9]
+    assert _curve(killed) == _curve(undisturbed)
+    heads = [load_head(folder / "head").state_dict() for folder in (killed, undisturbed)]
+    assert all(torch.equal(heads[0][name], heads[1][name]) for name in heads[1])
+
+
+def test_training_learns_and_says_so(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    task = _task(folders, epochs=20)
+    figures = train(task, tmp_path, "run", _FolderHost(tmp_path / "kept"), CPU)
+    assert figures["final_loss"] < 0.8 * figures["initial_loss"]
+    assert figures["steps"] == 60
+    assert figures["epochs"] == 20
+    assert figures["train_tokens"] == sum(task.order.tokens(step) for step in range(60))
+    last_evaluation = [r for r in read_metrics(tmp_path) if "held_out_loss" in r][-1]
+    for name in ("loss", "top1", "top2", "top3", "top10"):
+        assert figures[f"held_out_{name}"] == last_evaluation[f"held_out_{name}"]
+
+
+def test_a_finished_run_saves_its_head_again(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    task, host = _task(folders), _FolderHost(tmp_path / "kept")
+    first = train(task, tmp_path, "run", host, CPU)
+    weights = load_head(tmp_path / "head").state_dict()
+    shutil.rmtree(tmp_path / "head")
+    assert train(task, tmp_path, "run", host, CPU) == first
+    again = load_head(tmp_path / "head").state_dict()
+    assert all(torch.equal(again[name], weights[name]) for name in weights)
+
+
+def test_a_loss_that_is_no_number_names_the_step(
+    folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("core.train.loop.LOG_EVERY", 100)
+    task = _task(folders, lr=1e30, warmup_steps=0, checkpoint_every=1000)
+    with pytest.raises(StageError, match=r"loss is \w+ at step [23];.*lower train\.lr"):
+        train(task, tmp_path, "run", _FolderHost(tmp_path / "kept"), CPU)
+    assert not (tmp_path / "kept").exists()

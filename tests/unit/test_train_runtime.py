@@ -1,0 +1,94 @@
+"""What the driver of a training run makes of snapshots, failures and metrics."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
+from ray.train.v2.api.exceptions import WorkerGroupError
+
+from core.config import Config
+from core.errors import ConfigError, InputError, StageError
+from core.runtime import training
+from jobs.train_draft import JOB
+from tests.tiny_features import write_tiny_features
+
+
+def test_inputs_are_named_when_they_are_missing(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"features\.path is not set"):
+        JOB.inputs(Config())
+    missing = Config().replace(features={"path": str(tmp_path / "none")})
+    with pytest.raises(InputError, match=r"features\.path=.*none"):
+        JOB.inputs(missing)
+
+
+def test_resources_are_those_of_all_workers(tmp_path: Path) -> None:
+    target, features = write_tiny_features(tmp_path, examples=4)
+    config = Config().replace(
+        target={"path": str(target)},
+        features={"path": str(features)},
+        train={"num_workers": 4, "cpus_per_worker": 2, "gpus_per_worker": 1},
+    )
+    needs = JOB.resources(config)
+    assert (needs.cpus, needs.gpus) == (8, 4)
+    assert 0 < needs.disk_gb < 0.01
+
+
+def test_a_whole_snapshot_stays_and_a_broken_one_goes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    training._drop_broken_snapshot(tmp_path)
+    snapshot = tmp_path / training.SNAPSHOT
+    snapshot.write_text('{"checkpoint_results": []}')
+    training._drop_broken_snapshot(tmp_path)
+    assert snapshot.exists()
+    assert not capsys.readouterr().out
+    snapshot.write_text('{"checkpoint_res')
+    training._drop_broken_snapshot(tmp_path)
+    assert not snapshot.exists()
+    assert "was cut off" in capsys.readouterr().out
+
+
+def test_a_users_error_in_a_worker_is_the_users() -> None:
+    cause = InputError("shard-00000 is damaged")
+    lost: dict[int, Exception] = {
+        0: RuntimeError("connection closed by peer"),
+        1: UserExceptionWithTraceback(cause, "Traceback …"),
+    }
+    assert training._explain(WorkerGroupError("two workers failed", lost)) is cause
+    explained = training._explain(WorkerGroupError("died", {0: lost[0]}))
+    assert isinstance(explained, StageError)
+    assert "the last checkpoint" in str(explained)
+
+
+def _records(*steps: int) -> list[dict[str, Any]]:
+    return [{"step": s, "loss": 2.0, "top1": 0.25, "tokens": 100 * s} for s in steps]
+
+
+def test_progress_follows_the_metrics(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("core.progress.SECONDS_BETWEEN_LINES", 0.0)
+    follower = training._Follower(tmp_path, total_steps=40)
+    follower._show(_records(1))
+    follower._show([*_records(1, 10), {"step": 10, "held_out_loss": 1.0, "held_out_top1": 0.125}])
+    line = capsys.readouterr().out
+    assert "10/40 steps" in line
+    assert "loss 2.000 top-1 0.250 (held out 0.125)" in line
+    follower._show(_records(1, 5))
+    assert "going on from step 5" in capsys.readouterr().out
+
+
+def test_what_an_earlier_run_left_is_no_progress(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "SECONDS_BETWEEN_LOOKS", 0.01)
+    lines = "".join(json.dumps(record) + "\n" for record in _records(1, 10))
+    (tmp_path / "metrics.jsonl").write_text(lines)
+    with training._Follower(tmp_path, total_steps=40) as follower:
+        follower._done.wait(0.2)
+        assert follower._progress is None
+    assert not capsys.readouterr().out

@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
+
+from core.errors import InputError
+from core.models.tiny import tiny_config
+from core.models.weights import load_embedding, load_output_head
+
+
+def _model(*, tied: bool) -> LlamaForCausalLM:
+    config = tiny_config(64)
+    config.tie_word_embeddings = tied
+    return LlamaForCausalLM(config)
+
+
+@pytest.mark.parametrize("shard_size", ["1GB", "10KB"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_single_tensors_are_the_models(tmp_path: Path, tied: bool, shard_size: str) -> None:
+    model = _model(tied=tied)
+    model.save_pretrained(tmp_path, max_shard_size=shard_size)
+    assert (tmp_path / "model.safetensors.index.json").exists() == (shard_size == "10KB")
+    embedding, head = load_embedding(tmp_path), load_output_head(tmp_path)
+    assert torch.equal(embedding, model.get_input_embeddings().weight)
+    assert torch.equal(head, model.get_output_embeddings().weight)
+    assert torch.equal(embedding, head) is tied
+
+
+def test_tensors_keep_their_dtype(tmp_path: Path) -> None:
+    _model(tied=False).to(torch.bfloat16).save_pretrained(tmp_path)
+    assert load_embedding(tmp_path).dtype == torch.bfloat16
+
+
+def test_other_architectures_names(tmp_path: Path) -> None:
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=32, n_embd=16, n_layer=1, n_head=2))
+    model.save_pretrained(tmp_path)
+    assert torch.equal(load_embedding(tmp_path), model.transformer.wte.weight)
+    assert torch.equal(load_output_head(tmp_path), model.lm_head.weight)
+
+
+def test_a_folder_without_safetensors_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "pytorch_model.bin").touch()
+    with pytest.raises(InputError, match="convert the checkpoint to safetensors"):
+        load_embedding(tmp_path)
+
+
+def test_unknown_names_are_refused_with_those_looked_for(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    save_file({"some.weight": torch.zeros(2)}, tmp_path / "model.safetensors")
+    with pytest.raises(InputError, match=r"no output head found; looked for lm_head\.weight"):
+        load_output_head(tmp_path)
