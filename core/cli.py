@@ -31,9 +31,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if known.command == "run":
             return _main_of(f"jobs.{_checked(known.job)}")(rest)
         if known.command == "submit":
+            from core.runtime.job import guarded
             from core.runtime.submit import submit
 
-            return submit(f"jobs.{_checked(known.job)}", rest, known.address)
+            module = f"jobs.{_checked(known.job)}"
+            return guarded(lambda: submit(module, rest, known.address), "submit")
         return _main_of("serve.run" if known.command == "serve" else "serve.chat")(rest)
     except UserError as error:
         print(f"aerie: error: {error}", file=sys.stderr)

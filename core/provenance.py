@@ -8,13 +8,17 @@ the same identity is skipped, one with another identity is refused unless `overw
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import importlib.metadata
 import json
+import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +28,13 @@ from core import __version__
 from core.config import Config
 from core.errors import ConfigError
 from core.paths import write_atomically
+from core.progress import say
 
+# Handed to a submitted job, whose copy of the working directory has no `.git`.
+GIT_REVISION_VARIABLE = "AERIE_GIT_REVISION"
+LOCK = ".lock"
+# A run that was killed on a cluster may take so long to be gone.
+LOCK_SECONDS = 30.0
 PACKAGES = ("ray", "torch", "transformers", "deepspeed", "pyarrow", "safetensors", "numpy")
 SAMPLED_ABOVE_BYTES = 256 * 2**20
 SAMPLE_BLOCKS, SAMPLE_BYTES = 64, 2**16
@@ -57,6 +67,33 @@ class RunFolder:
         """Whether this very run has finished before."""
         report = self.path / "report.json"
         return report.exists() and json.loads(report.read_text()).get("run") == self.identity
+
+    @contextmanager
+    def held(self, wait_seconds: float = LOCK_SECONDS) -> Iterator[None]:
+        """Keep other runs out of the folder; the lock is gone with its holder, however it ends.
+
+        Raises:
+            ConfigError: another run is still at work in the folder after `wait_seconds`.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        deadline = time.monotonic() + wait_seconds
+        with (self.path / LOCK).open("w") as file:
+            waited = False
+            while True:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError as error:
+                    if time.monotonic() > deadline:
+                        raise ConfigError(
+                            f"output={self.path}: another run is writing there; wait until it "
+                            "has ended, stop it, or choose another output"
+                        ) from error
+                if not waited:
+                    say(self.job, f"waiting for another run to leave {self.path}")
+                    waited = True
+                time.sleep(0.2)
+            yield
 
     def start(self, *, of_parts: bool = False) -> None:
         """Write `run.yaml`, or go on with what an interrupted run of this identity left.
@@ -110,13 +147,13 @@ class RunFolder:
         for path in self.path.iterdir():
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
-            elif path.name != "run.yaml":
+            elif path.name not in ("run.yaml", LOCK):
                 path.unlink()
 
     def abandon_if_empty(self) -> None:
         """Remove `run.yaml` where it is all that the folder holds."""
-        if [path.name for path in self.path.iterdir()] == ["run.yaml"]:
-            (self.path / "run.yaml").unlink()
+        if {path.name for path in self.path.iterdir()} <= {"run.yaml", LOCK}:
+            (self.path / "run.yaml").unlink(missing_ok=True)
 
     def finish(self, report: Mapping[str, Any]) -> dict[str, Any]:
         """Write `report.json`, which marks the run as finished, and return it."""
@@ -194,8 +231,10 @@ def versions() -> dict[str, str]:
 def git_revision() -> str | None:
     """The commit of the working directory, `+changes` if it is not clean; None outside git.
 
-    A submitted job runs in a copy without `.git`, so None is usual there.
+    In a submitted job, the commit that it was submitted from, where `submit` handed it on.
     """
+    if handed_on := os.environ.get(GIT_REVISION_VARIABLE):
+        return handed_on
     try:
         commit = subprocess.run(
             ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True

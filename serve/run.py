@@ -19,7 +19,7 @@ from ray.serve.schema import LoggingConfig
 from core.config import Config, describe, load_config
 from core.draft.folder import load_head
 from core.errors import InputError, ResourceError, UserError
-from core.models.target import target_fingerprint, target_folder
+from core.models.target import target_fingerprint, target_folder, target_location
 from core.paths import resolve_path
 from core.progress import say
 from core.runtime.connect import connect, on_cluster
@@ -84,7 +84,7 @@ def start(config: Config) -> None:
 
 
 def check(config: Config) -> Config:
-    """Read what the replicas will load; returns the config with absolute paths.
+    """Read what the replicas will load; returns the config as other nodes can use it.
 
     Raises:
         InputError: the target or the head does not exist.
@@ -98,31 +98,30 @@ def check(config: Config) -> Config:
             f"{error}\n  `make quickstart` makes a target and a draft head in runs/quickstart; "
             "run it first, or set target.path and draft.path"
         ) from error
+    location = target_location(str(config.target.path))
     if not head:
         say(NAME, "draft.path is not set: the target alone, without speculation")
-        return config.replace(target={"path": str(target.absolute())})
+        return config.replace(target={"path": location})
     load_head(head, target_fingerprint=target_fingerprint(target))
-    return config.replace(
-        target={"path": str(target.absolute())}, draft={"path": str(head.absolute())}
-    )
+    return config.replace(target={"path": location}, draft={"path": str(head.absolute())})
 
 
 def check_machine(config: Config) -> None:
     """Refuse what could never start; on a cluster, which may grow, nothing is refused.
 
     Raises:
-        ResourceError: fewer CPUs than the replicas ask for, or the port is taken.
+        ResourceError: fewer CPUs or GPUs than the replicas ask for, or the port is taken.
     """
     if on_cluster(config.cluster):
         return
-    wanted = config.serve.replicas * config.serve.cpus_per_replica
-    there = ray.cluster_resources().get("CPU", 0.0)
-    if wanted > there:
-        raise ResourceError(
-            f"serve.replicas={config.serve.replicas} × serve.cpus_per_replica="
-            f"{config.serve.cpus_per_replica:g} need {wanted:g} CPUs, {there:g} are there; "
-            "lower one of them"
-        )
+    settings, resources = config.serve, ray.cluster_resources()
+    for name, each in (("CPU", settings.cpus_per_replica), ("GPU", settings.gpus_per_replica)):
+        wanted, there = settings.replicas * each, resources.get(name, 0.0)
+        if wanted > there:
+            raise ResourceError(
+                f"serve.replicas={settings.replicas} × serve.{name.lower()}s_per_replica={each:g} "
+                f"need {wanted:g} {name}s, {there:g} are there; lower one of them"
+            )
     check_port(config.serve.host, config.serve.port)
 
 

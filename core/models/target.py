@@ -139,6 +139,15 @@ def target_folder(path: str | None, *, field: str = "target.path") -> Path:
         ) from error
 
 
+def target_location(path: str) -> str:
+    """What another node is told of a target: a folder by its full path, a hub id as it is.
+
+    Nodes need not share a cache of downloads, so each looks a hub id up for itself.
+    """
+    folder = Path(path).expanduser()
+    return str(folder.absolute()) if folder.is_dir() else path
+
+
 def target_fingerprint(folder: Path) -> str:
     """Hash of the weights and the model's config; a tokenizer or a README changes nothing."""
     files = sorted([folder / "config.json", *folder.glob("*.safetensors")])

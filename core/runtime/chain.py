@@ -10,7 +10,7 @@ from typing import Any
 
 import ray
 
-from core.config import Config, load_config
+from core.config import Config
 from core.errors import ConfigError
 from core.evaluate.page import print_table, read_samples, write_page
 from core.paths import resolve_path
@@ -112,15 +112,17 @@ def main(job: Job, argv: Sequence[str] | None = None) -> int:
     return jobs.guarded(lambda: _run_or_submit(job, arguments), job.name)
 
 
-def _run_or_submit(job: Job, arguments: argparse.Namespace) -> int:
-    config = load_config(arguments.config, arguments.overrides)
+def _run_or_submit(job: Job, arguments: argparse.Namespace) -> int | None:
+    config = jobs.load(arguments)
+    if arguments.dry_run or inside_submitted_job() or ray_address(config.cluster) != "local":
+        jobs.act(job, arguments, config)
+        return None
     jobs.check_output(config)
     job.inputs(config)
-    if arguments.dry_run or inside_submitted_job() or ray_address(config.cluster) != "local":
-        return jobs.act(job, arguments)
     if not jobs_api_is_free():
         say(job.name, "another Ray on this machine holds the jobs API's port; running right here")
-        return jobs.act(job, arguments)
+        jobs.act(job, arguments, config)
+        return None
     return _submit_here(job, config, arguments.config, arguments.overrides)
 
 

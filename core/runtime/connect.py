@@ -12,6 +12,7 @@ from typing import Any
 import ray
 
 from core.config import ClusterConfig
+from core.errors import InputError
 
 # Ray sets this in the driver of a submitted job; its working directory is uploaded already.
 SUBMITTED_JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
@@ -106,4 +107,10 @@ def connect(config: ClusterConfig, *, dashboard: bool = False) -> None:
         }
     elif not inside_submitted_job():
         environment["working_dir"] = "."
-    ray.init(address=address, runtime_env=environment, logging_level="warning", **settings)
+    try:
+        ray.init(address=address, runtime_env=environment, logging_level="warning", **settings)
+    except ConnectionError as error:
+        raise InputError(
+            f"no Ray answers at {address} (from cluster.address or RAY_ADDRESS): {error}; start a "
+            "cluster there (`ray start --head`), or unset it to run on this machine alone"
+        ) from error

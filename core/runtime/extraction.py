@@ -27,7 +27,6 @@ from core.data.feature_shards import (
     Manifest,
     ShardRecord,
     finished_record,
-    read_manifest,
     remove_leftovers,
 )
 from core.data.template import tokenizer_hash
@@ -39,6 +38,7 @@ from core.models.target import (
     load_tokenizer,
     target_fingerprint,
     target_folder,
+    target_location,
 )
 from core.paths import TEMPORARY, resolve_path
 from core.progress import Progress, say
@@ -83,15 +83,13 @@ def extract_features(config: Config, folder: RunFolder) -> Mapping[str, Any]:
     """Compute the feature shards that are not finished yet; returns the report.
 
     Raises:
-        MismatchError: the examples were made with another tokenizer, or the folder holds features
-            of another target.
+        MismatchError: the examples were made with another tokenizer.
         StageError: replicas kept crashing.
     """
     started = time.time()
     paths = extraction_inputs(config)
     manifest = plan_manifest(config, paths["data.examples"], paths["target.path"])
     output = folder.path.absolute()
-    _check_folder(output, manifest)
     manifest.write(output)
     tasks = _unfinished(paths["data.examples"], output, manifest)
     total = sum(len(stems) for stems in manifest.shards.values())
@@ -233,10 +231,8 @@ def _run_pool(
     tasks: Sequence[dict[str, str]], replicas: int, config: Config, manifest: Manifest
 ) -> Iterator[Mapping[str, Any]]:
     _quiet_ray_data()
-    target = config.target
-    if Path(str(target.path)).expanduser().is_dir():
-        absolute = str(Path(str(target.path)).expanduser().absolute())
-        target = target.model_copy(update={"path": absolute})
+    location = target_location(str(config.target.path))
+    target = config.target.model_copy(update={"path": location})
     most = min(config.features.num_replicas, len(tasks))
     rows = ray.data.from_items(list(tasks), override_num_blocks=len(tasks)).map_batches(
         _Replica,
@@ -298,16 +294,6 @@ def _num_replicas(features: FeaturesConfig, num_tasks: int) -> int:
     if num_tasks and hold < min(features.num_replicas, num_tasks):
         say(STAGE, f"features.num_replicas={features.num_replicas}, of which {hold} fit now")
     return min(features.num_replicas, num_tasks, max(1, hold))
-
-
-def _check_folder(folder: Path, manifest: Manifest) -> None:
-    if (folder / "manifest.json").exists():
-        before = read_manifest(folder)
-        if before.target != manifest.target:
-            raise MismatchError(
-                f"output={folder} holds features of the target {before.target[:12]}, this target "
-                f"is {manifest.target[:12]}; choose another output or pass overwrite=true"
-            )
 
 
 def _unfinished(examples: Path, folder: Path, manifest: Manifest) -> list[dict[str, str]]:

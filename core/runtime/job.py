@@ -77,14 +77,18 @@ def run_stage(job: Job, config: Config) -> Report:
     if job.uses_ray:
         connect(config.cluster)
     check_resources(job.resources(config), config, job.name)
-    folder.start(of_parts=job.of_parts)
-    say(job.name, f"→ {folder.path}")
-    try:
-        return folder.finish(job.run(config, folder))
-    except UserError:
-        # Nothing was made yet: the corrected command must not be taken for another run.
-        folder.abandon_if_empty()
-        raise
+    with folder.held():
+        if folder.finished and not job.of_parts:
+            # By the run that held it until now.
+            return folder.report()
+        folder.start(of_parts=job.of_parts)
+        say(job.name, f"→ {folder.path}")
+        try:
+            return folder.finish(job.run(config, folder))
+        except UserError:
+            # Nothing was made yet: the corrected command must not be taken for another run.
+            folder.abandon_if_empty()
+            raise
 
 
 INPUT_FIELDS = (
@@ -98,8 +102,8 @@ INPUT_FIELDS = (
 )
 
 
-def with_absolute_inputs(config: Config) -> Config:
-    """The config with inputs that exist here by their full path; the rest stays (hub ids, …)."""
+def _with_absolute_inputs(config: Config) -> Config:
+    # What does not exist here stays as it is: hub ids, addresses, mistakes.
     for section, name in INPUT_FIELDS:
         value = getattr(getattr(config, section), name)
         if value is not None and "://" not in value and Path(value).exists():
@@ -125,7 +129,8 @@ def check_output(config: Config) -> None:
 
 def main(job: Job, argv: Sequence[str] | None = None) -> int:
     """Command line of one job; returns the exit code (0 done, 2 user error, 1 failure)."""
-    return act(job, parse(job, argv))
+    arguments = parse(job, argv)
+    return guarded(lambda: act(job, arguments, load(arguments)), job.name)
 
 
 def parse(job: Job, argv: Sequence[str] | None) -> argparse.Namespace:
@@ -134,9 +139,9 @@ def parse(job: Job, argv: Sequence[str] | None) -> argparse.Namespace:
     return _parser(job).parse_intermixed_args(argv)
 
 
-def act(job: Job, arguments: argparse.Namespace) -> int:
-    """Do what a parsed command line says; returns the exit code."""
-    return guarded(lambda: _act(job, arguments), job.name)
+def load(arguments: argparse.Namespace) -> Config:
+    """The config that a parsed command line gives; inputs that exist here by their full path."""
+    return _with_absolute_inputs(load_config(arguments.config, arguments.overrides))
 
 
 def guarded(work: Callable[[], int | None], name: str) -> int:
@@ -160,8 +165,8 @@ def guarded(work: Callable[[], int | None], name: str) -> int:
         return EXIT_FAILURE
 
 
-def _act(job: Job, arguments: argparse.Namespace) -> None:
-    config = with_absolute_inputs(load_config(arguments.config, arguments.overrides))
+def act(job: Job, arguments: argparse.Namespace, config: Config) -> None:
+    """Do what a parsed command line says."""
     for name, action in job.actions.items():
         value = getattr(arguments, name)
         if value is not None and value is not False:

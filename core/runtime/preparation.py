@@ -37,7 +37,7 @@ from core.data.template import (
     tokenizer_hash,
 )
 from core.errors import ConfigError, InputError, MismatchError, UserError
-from core.models.target import load_tokenizer, quiet_transformers, target_folder
+from core.models.target import load_tokenizer, quiet_transformers, target_folder, target_location
 from core.paths import resolve_path, write_atomically
 from core.progress import Progress, say
 from core.provenance import RunFolder
@@ -122,7 +122,7 @@ def _prepare(config: Config, folder: RunFolder) -> dict[str, Any]:
     started = time.monotonic()
     corpus = read_corpus(paths["data.path"], config)
     read = time.monotonic()
-    figures = _write(config, folder.path, corpus, hashes, paths["target.path"])
+    figures = _write(config, folder.path, corpus, hashes)
     encoded = time.monotonic()
     metrics = MetricLog(folder.path, config.tracking, folder.identity[:16])
     metrics.log(
@@ -144,9 +144,7 @@ def _prepare(config: Config, folder: RunFolder) -> dict[str, Any]:
     return {"report": report, "first_bad": corpus.first_bad}
 
 
-def _write(
-    config: Config, folder: Path, corpus: Corpus, hashes: tuple[str, str], target: Path
-) -> dict[str, int]:
+def _write(config: Config, folder: Path, corpus: Corpus, hashes: tuple[str, str]) -> dict[str, int]:
     """Encode and write everything aside, then put it in place; returns the report's figures."""
     aside = folder / ASIDE
     shutil.rmtree(aside, ignore_errors=True)
@@ -161,6 +159,7 @@ def _write(
     }
     pool = PromptPool(config.data.prompt_tokens)
     dropped = 0
+    target = target_location(str(config.target.path))
     rows = encode_all(corpus.selected, target, hashes[0], config.data.max_length)
     # The first takes as long as the workers take to start, which says nothing about the rate.
     rows = itertools.chain([next(rows)], rows)
@@ -215,13 +214,13 @@ def _example(conversation: Conversation, row: Mapping[str, Any]) -> Example:
 
 
 def encode_all(
-    selected: Sequence[tuple[Conversation, bool]], target: Path, tokenizer: str, max_length: int
+    selected: Sequence[tuple[Conversation, bool]], target: str, tokenizer: str, max_length: int
 ) -> Iterator[dict[str, Any]]:
     """Encode with Ray Data, streaming, in the given order.
 
     Args:
         selected: conversations, and whether each is held out.
-        target: folder of the tokenizer, which every node must see.
+        target: location of the tokenizer, the same for every node.
         tokenizer: its hash here.
         max_length: longest example, in tokens.
 
@@ -237,7 +236,7 @@ def encode_all(
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
     dataset = ray.data.from_arrow(list(_blocks(selected))).map_batches(
         encode_batch,
-        fn_args=(str(target.absolute()), tokenizer, max_length),
+        fn_args=(target, tokenizer, max_length),
         batch_size=None,
         batch_format="pyarrow",
     )
@@ -303,11 +302,11 @@ def _encode(
 
 
 @functools.lru_cache(maxsize=1)
-def _worker_tokenizer(folder: str, expected: str) -> PreTrainedTokenizerBase:
-    tokenizer = _tokenizer(Path(folder))
+def _worker_tokenizer(location: str, expected: str) -> PreTrainedTokenizerBase:
+    tokenizer = _tokenizer(target_folder(location))
     if tokenizer_hash(tokenizer) != expected:
         raise MismatchError(
-            f"target.path={folder} holds another tokenizer on {platform.node()} than where the "
+            f"target.path={location} holds another tokenizer on {platform.node()} than where the "
             "job started; give a folder that all nodes share"
         )
     return tokenizer

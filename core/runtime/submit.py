@@ -7,11 +7,13 @@ import os
 import shlex
 import time
 from collections.abc import Sequence
+from typing import Any
 
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from core.errors import EXIT_FAILURE, EXIT_USER_ERROR, InputError
 from core.progress import say
+from core.provenance import GIT_REVISION_VARIABLE, git_revision
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 AGENT_SECONDS = 180.0
@@ -62,10 +64,13 @@ def submit(
 
 def _submit_when_ready(client: JobSubmissionClient, entrypoint: str) -> str:
     """Submit; a Ray that has just been started takes some seconds until it accepts jobs."""
+    environment: dict[str, Any] = {"working_dir": "."}
+    if revision := git_revision():
+        environment["env_vars"] = {GIT_REVISION_VARIABLE: revision}
     deadline = time.monotonic() + AGENT_SECONDS
     while True:
         try:
-            return client.submit_job(entrypoint=entrypoint, runtime_env={"working_dir": "."})
+            return client.submit_job(entrypoint=entrypoint, runtime_env=environment)
         except RuntimeError as error:
             if "No available agent" not in str(error) or time.monotonic() > deadline:
                 raise

@@ -33,7 +33,7 @@ from ray.train.v2.api.config import LoggingConfig
 
 from core.config import Config, TrainConfig
 from core.errors import ConfigError, StageError, UserError
-from core.models.target import target_folder
+from core.models.target import target_folder, target_location
 from core.paths import resolve_path
 from core.progress import Progress, say
 from core.provenance import RunFolder
@@ -90,7 +90,8 @@ def train_draft(config: Config, folder: RunFolder) -> Mapping[str, Any]:
     """
     paths = training_inputs(config)
     output = folder.path.absolute()
-    task = prepare(config, paths["target.path"].absolute(), paths["features.path"].absolute())
+    target = target_location(str(config.target.path))
+    task = prepare(config, target, paths["features.path"].absolute())
     order = task.order
     say(
         STAGE,

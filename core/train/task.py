@@ -20,7 +20,7 @@ from core.draft.base import DraftHead, TargetGeometry, build_head
 from core.draft.folder import save_head
 from core.draft.vocabulary import DraftVocabulary
 from core.errors import InputError
-from core.models.target import target_fingerprint
+from core.models.target import target_fingerprint, target_folder
 from core.models.weights import load_embedding, load_output_head
 from core.tracking import MetricLog
 from core.train.batches import BatchMaker
@@ -39,7 +39,7 @@ class DraftTask:
 
     Attributes:
         config: resolved.
-        target: the target's folder.
+        target: the target's location, the same for every node.
         features: the feature folder.
         fingerprint: of the target.
         vocabulary: that the head may propose.
@@ -49,7 +49,7 @@ class DraftTask:
     """
 
     config: Config
-    target: Path
+    target: str
     features: Path
     fingerprint: str
     vocabulary: DraftVocabulary
@@ -64,7 +64,7 @@ class DraftTask:
 
     def new_head(self) -> DraftHead:
         """The head as it is before the first step, float32 on CPU."""
-        geometry = TargetGeometry.of(AutoConfig.from_pretrained(self.target))
+        geometry = TargetGeometry.of(AutoConfig.from_pretrained(target_folder(self.target)))
         return build_head(self.config.draft, geometry, self.vocabulary, self.config.train.seed)
 
 
@@ -76,7 +76,7 @@ def count_parameters(config: Config, target: Path) -> int:
     return sum(parameter.numel() for parameter in head.parameters())
 
 
-def prepare(config: Config, target: Path, features: Path) -> DraftTask:
+def prepare(config: Config, target: str, features: Path) -> DraftTask:
     """Read what there is to train on; depends on config and inputs alone.
 
     Raises:
@@ -85,9 +85,10 @@ def prepare(config: Config, target: Path, features: Path) -> DraftTask:
         ConfigError: fewer sequences than a global batch, or settings that exclude each other.
     """
     deepspeed_config(config.train, config.train.num_workers)
-    fingerprint = target_fingerprint(target)
+    folder = target_folder(target)
+    fingerprint = target_fingerprint(folder)
     dataset = FeatureDataset(features, TRAIN, fingerprint)
-    geometry = TargetGeometry.of(AutoConfig.from_pretrained(target))
+    geometry = TargetGeometry.of(AutoConfig.from_pretrained(folder))
     counts_V = dataset.token_counts(geometry.vocab_size)
     if not int(counts_V.sum()):
         raise InputError(
@@ -127,10 +128,11 @@ def train(
     """
     head = task.new_head()
     parameters = sum(parameter.numel() for parameter in head.parameters())
+    target = target_folder(task.target)
     engine = TrainingEngine(
         head,
-        load_embedding(task.target),
-        load_output_head(task.target),
+        load_embedding(target),
+        load_output_head(target),
         task.config.train,
         device,
     )

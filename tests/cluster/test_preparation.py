@@ -107,7 +107,7 @@ def test_encoding_on_workers_is_that_of_this_process_in_order(target, write_json
     path = write_json(records(80))
     corpus = read_corpus(path, load_config(None, ["data.held_out=0.5"]))
     tokenizer = byte_tokenizer()
-    rows = list(encode_all(corpus.selected, target, tokenizer_hash(tokenizer), 150))
+    rows = list(encode_all(corpus.selected, str(target), tokenizer_hash(tokenizer), 150))
     assert len(rows) == 80
     for (conversation, held_out), row in zip(corpus.selected, rows, strict=True):
         ids, mask = encode_conversation(tokenizer, conversation.messages, 150)
@@ -194,6 +194,6 @@ def test_workers_that_cannot_encode_say_why(tmp_path, target, write_json):
     tokenizer.save_pretrained(folder)
     corpus = read_corpus(write_json(records(5, start=1)), load_config(None))
     with pytest.raises(InputError, match=r"conversation 'r\d+': .*not today"):
-        list(encode_all(corpus.selected, folder, tokenizer_hash(tokenizer), 100))
+        list(encode_all(corpus.selected, str(folder), tokenizer_hash(tokenizer), 100))
     with pytest.raises(InputError, match="another tokenizer"):
-        list(encode_all(corpus.selected, folder, "0" * 64, 100))
+        list(encode_all(corpus.selected, str(folder), "0" * 64, 100))

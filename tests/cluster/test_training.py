@@ -88,13 +88,13 @@ def _config(overrides: dict[str, Any], address: str, output: Path) -> Config:
 
 
 def _task(config: Config) -> DraftTask:
-    return prepare(config, Path(str(config.target.path)), Path(str(config.features.path)))
+    return prepare(config, str(config.target.path), Path(str(config.features.path)))
 
 
 def _reference(task: DraftTask) -> tuple[DraftHead, list[tuple[float, int]]]:
     """Plain torch in this process; sum of losses and supervised tokens of every step."""
     config, head, maker = task.config.train, task.new_head(), batch_maker(task)
-    head.attach_target(load_embedding(task.target), load_output_head(task.target))
+    head.attach_target(load_embedding(Path(task.target)), load_output_head(Path(task.target)))
     optimizer = torch.optim.AdamW(head.parameters(), betas=config.betas, weight_decay=0.0)
     losses = []
     for step in range(task.order.total_steps):

@@ -124,7 +124,8 @@ def test_kills_change_nothing(one_node: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "jobs.quickstart", *SMOKE, f"output={output}"]
 
     def some_shard_is_done() -> bool:
-        return any((output / "features" / "train").glob("*.safetensors"))
+        # The sidecar, which is written last, makes a shard a finished one.
+        return any((output / "features" / "train").glob("shard-*.json"))
 
     def training_is_under_way() -> bool:
         log = output / "draft" / "metrics.jsonl"
@@ -132,7 +133,8 @@ def test_kills_change_nothing(one_node: Path, tmp_path: Path) -> None:
 
     _run_until(some_shard_is_done, command)
     assert not (output / "features" / "report.json").exists()
-    shard = next((output / "features" / "train").glob("*.safetensors"))
+    finished = next((output / "features" / "train").glob("shard-*.json"))
+    shard = finished.with_suffix(".safetensors")
     written = shard.stat().st_mtime_ns
     _run_until(training_is_under_way, command)
     assert not (output / "draft" / "report.json").exists()

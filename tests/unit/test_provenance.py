@@ -12,7 +12,13 @@ import yaml
 
 from core.config import load_config
 from core.errors import ConfigError
-from core.provenance import PACKAGES, RunFolder, fingerprint
+from core.provenance import (
+    GIT_REVISION_VARIABLE,
+    PACKAGES,
+    RunFolder,
+    fingerprint,
+    git_revision,
+)
 
 SECTIONS = ("train", "target")
 
@@ -74,6 +80,32 @@ def test_a_run_is_finished_once_its_report_is_there(source: Path) -> None:
     assert folder.finished and _folder(source).finished
     assert folder.report() == {"job": "train_draft", "run": folder.identity, "tokens": 3}
     assert not _folder(source, "train.lr=1").finished
+
+
+def test_two_runs_do_not_share_a_folder(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with _folder(source).held():
+        with (
+            pytest.raises(ConfigError, match="another run is writing there"),
+            _folder(source).held(wait_seconds=0),
+        ):
+            pytest.fail("both hold the folder")
+        assert "waiting for another run" not in capsys.readouterr().out
+    with _folder(source).held(wait_seconds=0):
+        pass
+
+
+def test_the_lock_outlives_an_overwrite(source: Path) -> None:
+    _folder(source).start()
+    other = _folder(source, "train.lr=1", "overwrite=true")
+    with other.held():
+        other.start()
+        with pytest.raises(ConfigError), _folder(source).held(wait_seconds=0):
+            pytest.fail("both hold the folder")
+
+
+def test_a_submitted_job_is_told_its_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(GIT_REVISION_VARIABLE, "abc+changes")
+    assert git_revision() == "abc+changes"
 
 
 def test_an_interrupted_run_goes_on(source: Path) -> None:

@@ -60,11 +60,13 @@ def _task(folders: tuple[Path, Path], **train: Any) -> DraftTask:
         "checkpoint_every": 2,
         **train,
     }
-    return prepare(Config().replace(train=settings, draft={"vocab_size": 40}), *folders)
+    return prepare(
+        Config().replace(train=settings, draft={"vocab_size": 40}), str(folders[0]), folders[1]
+    )
 
 
 def _engine(task: DraftTask) -> TrainingEngine:
-    embedding, output_head = load_embedding(task.target), load_output_head(task.target)
+    embedding, output_head = load_embedding(Path(task.target)), load_output_head(Path(task.target))
     return TrainingEngine(task.new_head(), embedding, output_head, task.config.train, CPU)
 
 
@@ -83,7 +85,7 @@ def _steps(engine: TrainingEngine, task: DraftTask, steps: range) -> list[float]
 def _reference(task: DraftTask, steps: int) -> tuple[DraftHead, list[float]]:
     """The same in plain torch, the global batch in one pass."""
     config, head, maker = task.config.train, task.new_head(), batch_maker(task)
-    head.attach_target(load_embedding(task.target), load_output_head(task.target))
+    head.attach_target(load_embedding(Path(task.target)), load_output_head(Path(task.target)))
     optimizer = torch.optim.AdamW(head.parameters(), betas=config.betas, weight_decay=0.0)
     norms = []
     for step in range(steps):
@@ -120,7 +122,7 @@ def test_two_workers_add_up_to_one(folders: tuple[Path, Path]) -> None:
 
     def gradient(parts: list[np.ndarray], scale: float) -> torch.Tensor:
         head = task.new_head()
-        head.attach_target(load_embedding(task.target), load_output_head(task.target))
+        head.attach_target(load_embedding(Path(task.target)), load_output_head(Path(task.target)))
         for rows in parts:
             (head.losses(maker.batch(rows, 0)).loss * scale).backward()
         return torch.cat([p.grad.flatten() for p in head.parameters() if p.grad is not None])

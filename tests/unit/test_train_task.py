@@ -27,7 +27,7 @@ def _config(**train: Any) -> Config:
 
 
 def test_a_task_is_made_from_config_and_inputs_alone(folders: tuple[Path, Path]) -> None:
-    task, again = (prepare(_config(), *folders) for _ in range(2))
+    task, again = (prepare(_config(), str(folders[0]), folders[1]) for _ in range(2))
     assert torch.equal(task.vocabulary.d2t_W, again.vocabulary.d2t_W)
     assert task.vocabulary.size == 30
     assert 0.5 < task.coverage < 1.0
@@ -40,13 +40,13 @@ def test_a_task_is_made_from_config_and_inputs_alone(folders: tuple[Path, Path])
 
 
 def test_parameters_are_counted_without_making_them(folders: tuple[Path, Path]) -> None:
-    task = prepare(_config(), *folders)
+    task = prepare(_config(), str(folders[0]), folders[1])
     made = sum(parameter.numel() for parameter in task.new_head().parameters())
     assert count_parameters(_config(), folders[0]) == made
 
 
 def test_vocabulary_size_0_takes_all_tokens(folders: tuple[Path, Path]) -> None:
-    task = prepare(_config().replace(draft={"vocab_size": 0}), *folders)
+    task = prepare(_config().replace(draft={"vocab_size": 0}), str(folders[0]), folders[1])
     assert task.vocabulary.is_whole
     assert task.coverage == 1.0
 
@@ -54,19 +54,19 @@ def test_vocabulary_size_0_takes_all_tokens(folders: tuple[Path, Path]) -> None:
 def test_features_of_another_target_are_refused(folders: tuple[Path, Path], tmp_path: Path) -> None:
     save_tiny_target(tmp_path / "other", seed=1)
     with pytest.raises(MismatchError, match="come from the target"):
-        prepare(_config(), tmp_path / "other", folders[1])
+        prepare(_config(), str(tmp_path / "other"), folders[1])
 
 
 def test_fewer_sequences_than_a_batch(folders: tuple[Path, Path]) -> None:
     with pytest.raises(ConfigError, match=r"train\.global_batch_size=22 .* only 20"):
-        prepare(_config(global_batch_size=22), *folders)
+        prepare(_config(global_batch_size=22), str(folders[0]), folders[1])
 
 
 def test_bfloat16_without_zero_is_refused(folders: tuple[Path, Path]) -> None:
     with pytest.raises(ConfigError, match=r"choose train\.parallelism=zero1"):
-        prepare(_config(parallelism="ddp", dtype="bfloat16"), *folders)
+        prepare(_config(parallelism="ddp", dtype="bfloat16"), str(folders[0]), folders[1])
 
 
 def test_features_without_held_out_split_train_without_evaluation(tmp_path: Path) -> None:
     target, features = write_tiny_features(tmp_path, examples=8)
-    assert prepare(_config(), target, features).held_out is None
+    assert prepare(_config(), str(target), features).held_out is None
