@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
+import yaml
 
 from core.models.target import Target, load_target
 from tests.e2e.serving import (
@@ -100,6 +104,39 @@ def test_streamed_whole_and_target_alone_agree(
     assert whole.choices[0].message.content == expected[prompt].text
     assert whole.choices[0].finish_reason == "length"
     assert text_of(create(client, prompt, stream=True)) == expected[prompt].text
+
+
+def test_it_answers_as_evaluate_draft_does(
+    served: Served, client: openai.OpenAI, tmp_path: Path
+) -> None:
+    prompts = [
+        {"id": prompt, "task": "chat", "messages": [{"role": "user", "content": prompt}]}
+        for prompt in PROMPTS
+    ]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(p) + "\n" for p in prompts))
+    settings = {**served.config.model_dump(mode="json"), "output": str(tmp_path / "evaluation")}
+    settings["eval"] = {
+        "prompts": str(tmp_path / "prompts.jsonl"),
+        "max_new_tokens": NUM_TOKENS,
+        "fixed_total_tokens": [16],
+        "untrained_prompts": 0,
+        "hf_generate_prompts": 0,
+        "cpus": 1,
+    }
+    (tmp_path / "evaluate.yaml").write_text(yaml.safe_dump(settings))
+    command = [sys.executable, "-m", "jobs.evaluate_draft"]
+    done = subprocess.run(
+        [*command, "--config", str(tmp_path / "evaluate.yaml")],
+        cwd=ROOT,
+        env={**os.environ, "RAY_AUTH_MODE": "disabled"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = (tmp_path / "evaluation" / "outputs.jsonl").read_text("utf-8").split("\n")[:-1]
+    evaluated = {values["id"]: values["text"] for values in map(json.loads, lines)}
+    assert evaluated == {p: text_of(create(client, p, stream=True)) for p in PROMPTS}
 
 
 def test_usage(client: openai.OpenAI, expected: dict[str, Expected]) -> None:
