@@ -17,7 +17,7 @@ from core.decode.policy import (
 )
 from core.decode.tree import PLAIN, TreePlan
 from core.decode.verify import verify_greedy
-from tests.unit.test_tree import Case, ScriptedHead
+from tests.scripted import Case, ScriptedHead
 
 COSTS = RoundCosts(verify={1: 0.010, 4: 0.012, 8: 0.020}, extend=0.001, expand=0.002)
 
