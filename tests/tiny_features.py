@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 from core.config import TargetConfig
-from core.data.feature_shards import FeatureDataset, Manifest, write_feature_shard
+from core.data.feature_manifest import Manifest
+from core.data.feature_shards import FeatureDataset, write_feature_shard
 from core.models.target import load_target
 from core.models.tiny import save_tiny_target
 from core.train.batches import BatchMaker

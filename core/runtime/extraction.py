@@ -16,22 +16,17 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import ray
-import torch
 from ray.data import ActorPoolStrategy, DataContext
 from transformers import AutoConfig
 
 from core import errors
 from core.config import Config, FeaturesConfig, TargetConfig
 from core.data.examples import SPLITS, example_shards, read_examples, read_metadata
-from core.data.feature_shards import (
-    Manifest,
-    ShardRecord,
-    finished_record,
-    remove_leftovers,
-)
+from core.data.feature_manifest import Manifest
+from core.data.feature_shards import ShardRecord, finished_record, remove_leftovers
 from core.data.template import tokenizer_hash
 from core.errors import AerieError, InputError, MismatchError, StageError
-from core.models.features import extract_shard
+from core.models.features import extract_shard, feature_layers
 from core.models.target import (
     Target,
     load_target,
@@ -40,7 +35,7 @@ from core.models.target import (
     target_folder,
     target_location,
 )
-from core.paths import TEMPORARY, resolve_path
+from core.paths import TEMPORARY, naming_a_full_disk, resolve_path
 from core.progress import Progress, say
 from core.provenance import RunFolder
 from core.runtime.resources import Resources
@@ -63,8 +58,8 @@ def extraction_inputs(config: Config) -> Mapping[str, Path]:
 def extraction_resources(config: Config) -> Resources:
     """One replica, and the disk that the features will still take."""
     paths = extraction_inputs(config)
-    hidden_size = _text_config(paths["target.path"]).hidden_size
-    itemsize = getattr(torch, config.features.dtype).itemsize
+    _check_devices(config)
+    manifest = plan_manifest(config, paths["data.examples"], paths["target.path"])
     tokens = sum(
         _num_tokens(shard)
         for split in SPLITS
@@ -74,9 +69,22 @@ def extraction_resources(config: Config) -> Resources:
     return Resources(
         cpus=config.features.cpus_per_replica,
         gpus=config.features.gpus_per_replica,
-        disk_gb=max(0, tokens * (hidden_size * itemsize + 5) - there) / 1e9,
+        disk_gb=max(0, tokens * manifest.bytes_per_token - there) / 1e9,
         because="features.cpus_per_replica, features.gpus_per_replica",
     )
+
+
+def _check_devices(config: Config) -> None:
+    if config.features.gpus_per_replica > 1 and config.target.device_map is None:
+        raise errors.ConfigError(
+            f"features.gpus_per_replica={config.features.gpus_per_replica:g}, of which a target "
+            "uses one; set target.device_map=auto to spread it over them, or lower the former"
+        )
+    if config.target.device_map is not None and config.features.gpus_per_replica < 1:
+        raise errors.ConfigError(
+            f"target.device_map={config.target.device_map} spreads a target over GPUs; set "
+            "features.gpus_per_replica to the GPUs of a replica, or target.device_map to null"
+        )
 
 
 def extract_features(config: Config, folder: RunFolder) -> Mapping[str, Any]:
@@ -113,10 +121,12 @@ def extract_features(config: Config, folder: RunFolder) -> Mapping[str, Any]:
         "shards_before": skipped,
         "tokens_per_second": results.tokens_per_second,
         "padding_waste": 1 - sum(tokens.values()) / padded,
-        "bytes": sum(r.bytes for found in records.values() for r in found),
+        "bytes": (size := sum(r.bytes for found in records.values() for r in found)),
+        "bytes_per_token": size / sum(tokens.values()),
         "replicas": replicas,
         "nodes": len(results.nodes),
         "hidden_size": manifest.hidden_size,
+        "feature_layers": list(manifest.feature_layers),
         "features_dtype": manifest.dtype,
         "seconds": time.time() - started,
     }
@@ -127,6 +137,7 @@ def plan_manifest(config: Config, examples: Path, target: Path) -> Manifest:
 
     Raises:
         InputError: there are no examples.
+        ConfigError: layers or tokens that the target does not have.
         MismatchError: the examples were made with another tokenizer.
     """
     shards = {split: tuple(example_shards(examples, split)) for split in SPLITS}
@@ -140,9 +151,14 @@ def plan_manifest(config: Config, examples: Path, target: Path) -> Manifest:
             "target.path to the model whose tokenizer made the examples"
         )
     model = _text_config(target)
+    if config.features.top_logits > model.vocab_size:
+        raise errors.ConfigError(
+            f"features.top_logits={config.features.top_logits} exceeds the target's vocabulary of "
+            f"{model.vocab_size}; lower it"
+        )
     return Manifest(
         target=target_fingerprint(target),
-        feature_layers=(model.num_hidden_layers,),
+        feature_layers=feature_layers(config.features.layers, model.num_hidden_layers),
         final_norm=True,
         dtype=config.features.dtype,
         hidden_size=model.hidden_size,
@@ -151,6 +167,8 @@ def plan_manifest(config: Config, examples: Path, target: Path) -> Manifest:
         tokenizer_hash=metadata.tokenizer_hash,
         template_hash=metadata.template_hash,
         shards={split: tuple(shard.stem for shard in found) for split, found in shards.items()},
+        top_logits=config.features.top_logits,
+        target_quantization=config.target.quantization,
     )
 
 
@@ -178,6 +196,8 @@ class _Replica:
                 f"({ray.util.get_node_ip_address()}) than where the job was started; "
                 "give a folder that every node mounts"
             )
+        if self.settings.manifest.top_logits:
+            target.check_output_head()
         return target
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
@@ -233,16 +253,17 @@ def _run_pool(
     _quiet_ray_data()
     location = target_location(str(config.target.path))
     target = config.target.model_copy(update={"path": location})
-    most = min(config.features.num_replicas, len(tasks))
+    most = max(replicas, min(config.features.num_replicas, len(tasks)))
     rows = ray.data.from_items(list(tasks), override_num_blocks=len(tasks)).map_batches(
         _Replica,
         fn_constructor_args=(_ReplicaSettings(target, config.features, manifest),),
         batch_size=1,
-        # At least one, so that when a node is lost for good the others can finish its work.
+        # Fewer than it starts with will do: when a node is lost for good, the others finish its
+        # work, and when one joins, the pool grows.
         compute=ActorPoolStrategy(
-            min_size=1,
+            min_size=min(config.features.min_replicas, replicas),
             initial_size=replicas,
-            max_size=max(replicas, most),
+            max_size=most,
             # A shard takes long enough that queueing a second behind it gains nothing.
             max_tasks_in_flight_per_actor=1,
         ),
@@ -259,9 +280,10 @@ def _attempts(shard: Path) -> Path:
 
 
 def _count_attempt(shard: Path) -> None:
-    shard.parent.mkdir(parents=True, exist_ok=True)
-    with _attempts(shard).open("ab") as file:
-        file.write(b".")
+    with naming_a_full_disk(shard):
+        shard.parent.mkdir(parents=True, exist_ok=True)
+        with _attempts(shard).open("ab") as file:
+            file.write(b".")
     if _attempts(shard).stat().st_size > MAX_ATTEMPTS:
         raise StageError(
             f"{MAX_ATTEMPTS} replicas crashed while they computed {shard}; out of memory? "

@@ -8,12 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from core.data.feature_manifest import Manifest, read_manifest
 from core.data.feature_shards import (
     FeatureDataset,
-    Manifest,
     discard_shard,
     finished_record,
-    read_manifest,
     remove_leftovers,
     sidecar,
     verify_shard,
@@ -173,9 +172,9 @@ def test_a_folder_that_holds_no_features_is_refused(folder: Path, tmp_path: Path
 def test_the_manifest_is_read_as_it_was_written(folder: Path) -> None:
     assert read_manifest(folder) == MANIFEST
     path = folder / "manifest.json"
-    newer = path.read_text().replace('"format_version": 1', '"format_version": 2')
+    newer = path.read_text().replace('"format_version": 2', '"format_version": 3')
     path.write_text(newer)
-    with pytest.raises(InputError, match="format version 2"):
+    with pytest.raises(InputError, match="format version 3"):
         read_manifest(folder)
 
 
