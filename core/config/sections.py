@@ -192,6 +192,18 @@ class EvalConfig(Section):
     gpus: float = field(0.0, "GPUs of the evaluating process", ge=0)
 
 
+class BenchmarkConfig(Section):
+    """What is measured side by side."""
+
+    name: Literal["extraction"] = field(
+        "extraction",
+        "extraction: features the reference way (batch 1, one file a sample), by the bare loop, "
+        "and by the Ray pipeline",
+    )
+    repeats: int = field(3, "times that every way is run, in turn", ge=1)
+    max_tokens: int = field(40000, "tokens that a way goes through in a repeat", ge=256)
+
+
 class ServeConfig(Section):
     """The HTTP service."""
 

@@ -61,7 +61,7 @@ def extraction_resources(config: Config) -> Resources:
     _check_devices(config)
     manifest = plan_manifest(config, paths["data.examples"], paths["target.path"])
     tokens = sum(
-        _num_tokens(shard)
+        count_tokens(shard)
         for split in SPLITS
         for shard in example_shards(paths["data.examples"], split)
     )
@@ -107,7 +107,7 @@ def extract_features(config: Config, folder: RunFolder) -> Mapping[str, Any]:
     with Progress(STAGE, total=total, unit="shards", skipped=skipped) as progress:
         if tasks:
             say(STAGE, f"loading the target in {replicas} replica(s)")
-            for row in _run_pool(tasks, replicas, config, manifest):
+            for row in run_pool(tasks, replicas, config, manifest):
                 results.add(row)
                 progress.advance(1, tokens=row["tokens"])
     remove_leftovers(output, older_than=started)
@@ -220,8 +220,8 @@ class _Replica:
         except AerieError as error:
             # As a row it reaches the driver as one message, not as Ray's nested tracebacks.
             row["error"], row["kind"] = str(error), type(error).__name__
-        node = ray.get_runtime_context().get_node_id()
-        row.update(ended=time.time(), node=node)
+        context = ray.get_runtime_context()
+        row.update(ended=time.time(), node=context.get_node_id(), replica=context.get_actor_id())
         return {key: [value] for key, value in row.items()}
 
 
@@ -234,8 +234,6 @@ class _Results:
         self._started, self._ended = float("inf"), 0.0
 
     def add(self, row: Mapping[str, Any]) -> None:
-        if row["error"]:
-            raise getattr(errors, row["kind"], InputError)(row["error"])
         self.tokens += int(row["tokens"])
         self.nodes.add(row["node"])
         self._started = min(self._started, row["started"])
@@ -247,9 +245,22 @@ class _Results:
         return self.tokens / max(self._ended - self._started, 1e-9) if self.tokens else 0.0
 
 
-def _run_pool(
+def run_pool(
     tasks: Sequence[dict[str, str]], replicas: int, config: Config, manifest: Manifest
 ) -> Iterator[Mapping[str, Any]]:
+    """Compute the shards of these rows in a pool of replicas.
+
+    Args:
+        tasks: as `shard_tasks` makes them.
+        replicas: that the pool starts with.
+        config: target and features.
+        manifest: of the folder.
+    Yields:
+        As shards are done: `shard`, `tokens`, `started` and `ended` (seconds since the epoch),
+        `node` and `replica`.
+    Raises:
+        AerieError: what a replica raised.
+    """
     _quiet_ray_data()
     location = target_location(str(config.target.path))
     target = config.target.model_copy(update={"path": location})
@@ -271,7 +282,10 @@ def _run_pool(
         num_gpus=config.features.gpus_per_replica or None,
     )
     # Ray Data spreads the actors over the nodes and restarts them, with their shard, for ever.
-    yield from rows.iter_rows()
+    for row in rows.iter_rows():
+        if row["error"]:
+            raise getattr(errors, row["kind"], InputError)(row["error"])
+        yield row
 
 
 def _attempts(shard: Path) -> Path:
@@ -318,15 +332,26 @@ def _num_replicas(features: FeaturesConfig, num_tasks: int) -> int:
     return min(features.num_replicas, num_tasks, max(1, hold))
 
 
+def shard_tasks(examples: Path, folder: Path) -> list[dict[str, str]]:
+    """One row a shard, for `run_pool`: which examples go into which file."""
+    return [
+        {
+            "examples": str(source.absolute()),
+            "shard": str(folder / split / f"{source.stem}.safetensors"),
+        }
+        for split in SPLITS
+        for source in example_shards(examples, split)
+    ]
+
+
 def _unfinished(examples: Path, folder: Path, manifest: Manifest) -> list[dict[str, str]]:
-    """One row a shard that is still to be computed."""
+    """The shards that are still to be computed."""
     tasks = []
-    for split in SPLITS:
-        for source in example_shards(examples, split):
-            shard = folder / split / f"{source.stem}.safetensors"
-            if finished_record(shard, manifest) is None:
-                _attempts(shard).unlink(missing_ok=True)
-                tasks.append({"examples": str(source.absolute()), "shard": str(shard)})
+    for task in shard_tasks(examples, folder):
+        shard = Path(task["shard"])
+        if finished_record(shard, manifest) is None:
+            _attempts(shard).unlink(missing_ok=True)
+            tasks.append(task)
     return tasks
 
 
@@ -345,7 +370,7 @@ def _records(folder: Path, manifest: Manifest) -> dict[str, list[ShardRecord]]:
     return records
 
 
-def _num_tokens(shard: Path) -> int:
+def count_tokens(shard: Path) -> int:
     """Tokens of an example shard, from the file's footer alone."""
     footer = pq.read_metadata(shard)
     total = 0
