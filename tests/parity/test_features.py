@@ -11,7 +11,6 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
-    BloomConfig,
     GPT2Config,
     GPTNeoXConfig,
     LlamaConfig,
@@ -149,7 +148,6 @@ def test_features_are_those_of_a_plain_forward(
             **SIZES, num_hidden_layers=LAYERS, num_attention_heads=4, intermediate_size=128
         ),
         GPT2Config(vocab_size=259, n_embd=96, n_layer=LAYERS, n_head=4),
-        BloomConfig(vocab_size=259, hidden_size=96, n_layer=LAYERS, n_head=4),
     ],
     ids=lambda config: config.model_type,
 )
