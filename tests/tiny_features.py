@@ -33,7 +33,13 @@ def batch_maker(task: DraftTask, *, held_out: bool = False) -> BatchMaker:
 
 
 def write_tiny_features(
-    folder: Path, *, examples: int, held_out: int = 0, longest: int = 40, seed: int = 0
+    folder: Path,
+    *,
+    examples: int,
+    held_out: int = 0,
+    longest: int = 40,
+    seed: int = 0,
+    dtype: str = "float32",
 ) -> tuple[Path, Path]:
     """Write `<folder>/target` and `<folder>/features`; returns both.
 
@@ -46,7 +52,7 @@ def write_tiny_features(
         target=target.fingerprint,
         feature_layers=(2,),
         final_norm=True,
-        dtype="float32",
+        dtype=dtype,
         hidden_size=target.hidden_size,
         vocab_size=target.vocab_size,
         max_length=longest,

@@ -191,6 +191,7 @@ def test_features_that_overflow_are_refused(
     target = load_target(TargetConfig(path=str(folder), dtype="float16"))
     with torch.no_grad():
         target.model.get_input_embeddings().weight.fill_(6e4)
+        target.model.model.layers[0].mlp.down_proj.weight.fill_(6e4)
     with pytest.raises(InputError, match=r"not finite.*overflows float16.*target\.dtype=bfloat16"):
         _extract(target, examples[:1], tmp_path, layers=(1, LAYERS), dtype="bfloat16")
 
