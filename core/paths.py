@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import importlib.util
 import os
+import shutil
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
-from core.errors import InputError
+from core.errors import InputError, ResourceError
 
 PACKAGE_SCHEME = "pkg://"
 # What a killed writer may leave behind ends so, and is hidden.
 TEMPORARY = ".tmp"
+# No space, over a quota, larger than this file system or a limit allows.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def resolve_path(location: str, *, field: str) -> Path:
@@ -50,11 +56,39 @@ def write_atomically(path: Path, content: bytes) -> None:
     """Write a file so that a reader sees the old content or the new, never a part.
 
     The temporary name is random, so that several writers, on other nodes too, do not share one.
+
+    Raises:
+        ResourceError: the disk is full; nothing is left behind.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}{TEMPORARY}")
-    with aside.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
+    with naming_a_full_disk(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}{TEMPORARY}")
+        try:
+            with aside.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            aside.replace(path)
+        except OSError:
+            aside.unlink(missing_ok=True)
+            raise
+
+
+@contextlib.contextmanager
+def naming_a_full_disk(path: Path) -> Iterator[None]:
+    """Turn a write that found no room into an error that says where and what to do.
+
+    Raises:
+        ResourceError: in place of the OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        there = next((p for p in path.parents if p.exists()), Path("."))
+        free = shutil.disk_usage(there).free / 1e6
+        raise ResourceError(
+            f"{path}: cannot be written ({error.strerror}), {free:.1f} MB are free in {there}; "
+            "free some space and run the same command again: it goes on from what is finished"
+        ) from error

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 from core.config import TargetConfig
-from core.data.feature_shards import FeatureDataset, Manifest, write_feature_shard
+from core.data.feature_manifest import Manifest
+from core.data.feature_shards import FeatureDataset, write_feature_shard
 from core.models.target import load_target
 from core.models.tiny import save_tiny_target
 from core.train.batches import BatchMaker
@@ -32,7 +33,13 @@ def batch_maker(task: DraftTask, *, held_out: bool = False) -> BatchMaker:
 
 
 def write_tiny_features(
-    folder: Path, *, examples: int, held_out: int = 0, longest: int = 40, seed: int = 0
+    folder: Path,
+    *,
+    examples: int,
+    held_out: int = 0,
+    longest: int = 40,
+    seed: int = 0,
+    dtype: str = "float32",
 ) -> tuple[Path, Path]:
     """Write `<folder>/target` and `<folder>/features`; returns both.
 
@@ -45,7 +52,7 @@ def write_tiny_features(
         target=target.fingerprint,
         feature_layers=(2,),
         final_norm=True,
-        dtype="float32",
+        dtype=dtype,
         hidden_size=target.hidden_size,
         vocab_size=target.vocab_size,
         max_length=longest,

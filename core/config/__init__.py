@@ -5,6 +5,7 @@ from core.config.draft import DRAFT_CONFIGS, DraftConfig
 from core.config.load import describe, load_config
 from core.config.schema import Config
 from core.config.sections import (
+    BenchmarkConfig,
     ClusterConfig,
     ConvertConfig,
     DataConfig,
@@ -19,6 +20,7 @@ from core.config.sections import (
 
 __all__ = [
     "DRAFT_CONFIGS",
+    "BenchmarkConfig",
     "ClusterConfig",
     "Config",
     "ConvertConfig",

@@ -10,6 +10,7 @@ from pydantic import field_validator
 from core.config.base import Section, setting
 from core.config.draft import DEFAULT_DRAFT_KIND, DRAFT_CONFIGS, AnyDraftConfig
 from core.config.sections import (
+    BenchmarkConfig,
     ClusterConfig,
     ConvertConfig,
     DataConfig,
@@ -36,6 +37,7 @@ class Config(Section):
     train: TrainConfig = TrainConfig()
     decode: DecodeConfig = DecodeConfig()
     eval: EvalConfig = EvalConfig()
+    benchmark: BenchmarkConfig = BenchmarkConfig()
     serve: ServeConfig = ServeConfig()
     tracking: TrackingConfig = TrackingConfig()
     cluster: ClusterConfig = ClusterConfig()

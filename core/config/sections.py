@@ -11,6 +11,7 @@ from core.config.base import Section, field, setting
 DType = Literal["float32", "bfloat16", "float16"]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 TreeSize = Annotated[int, Field(ge=1)]
+LayerId = Annotated[int, Field(ge=0)]
 
 
 class ConvertConfig(Section):
@@ -35,6 +36,12 @@ class TargetConfig(Section):
     )
     pack_linear: bool = field(
         True, "on CPU, pack linear layers once for oneDNN (faster; same result up to rounding)"
+    )
+    quantization: Literal["none", "int8", "nf4"] = field(
+        "none", "the linear layers' weights by bitsandbytes: int8, or 4-bit NF4"
+    )
+    device_map: Literal["auto", "balanced"] | None = setting(
+        None, "spread one target over several GPUs of a worker; null keeps it on one device"
     )
 
 
@@ -61,13 +68,37 @@ class FeaturesConfig(Section):
     """Target features that the draft head learns from."""
 
     path: str | None = setting(None, "folder that extract_features wrote")
-    dtype: Literal["bfloat16", "float32"] = field("bfloat16", "dtype of the stored features")
+    layers: Literal["final", "eagle3"] | tuple[LayerId, ...] = field(
+        "final",
+        "final: what leaves the final norm, for EAGLE-1; eagle3: also the states entering layers "
+        "2, L/2 and L-3; or a list of such layers, to which the final feature is added",
+    )
+    dtype: Literal["bfloat16", "float32", "int8"] = field(
+        "bfloat16", "dtype of the stored features; int8 has a scale for each 64 values"
+    )
+    top_logits: int = field(
+        0, "also store the target's log-probabilities of so many likeliest next tokens", ge=0
+    )
     batch_tokens: int = field(4096, "tokens a target pass, padding included", ge=16)
     num_replicas: int = setting(
-        2, "target replicas that extract at the same time (at most what the cluster holds)", ge=1
+        2, "most target replicas at the same time (at most what the cluster holds)", ge=1
+    )
+    min_replicas: int = setting(
+        1, "replicas that the pool keeps when it shrinks; it grows with the cluster", ge=1
     )
     cpus_per_replica: float = setting(1.0, "CPUs a replica; also its threads", gt=0)
-    gpus_per_replica: float = setting(0.0, "GPUs a replica", ge=0)
+    gpus_per_replica: float = setting(
+        0.0, "GPUs a replica; several with target.device_map=auto", ge=0
+    )
+
+    @model_validator(mode="after")
+    def _pool_has_a_range(self) -> FeaturesConfig:
+        if self.min_replicas > self.num_replicas:
+            raise ValueError(
+                f"features.min_replicas={self.min_replicas} exceeds features.num_replicas="
+                f"{self.num_replicas}; change one of them"
+            )
+        return self
 
 
 class TrainConfig(Section):
@@ -159,6 +190,18 @@ class EvalConfig(Section):
     )
     cpus: float = field(2.0, "CPUs of the evaluating process; also its threads", gt=0)
     gpus: float = field(0.0, "GPUs of the evaluating process", ge=0)
+
+
+class BenchmarkConfig(Section):
+    """What is measured side by side."""
+
+    name: Literal["extraction"] = field(
+        "extraction",
+        "extraction: features the reference way (batch 1, one file a sample), by the bare loop, "
+        "and by the Ray pipeline",
+    )
+    repeats: int = field(3, "times that every way is run, in turn", ge=1)
+    max_tokens: int = field(40000, "tokens that a way goes through in a repeat", ge=256)
 
 
 class ServeConfig(Section):

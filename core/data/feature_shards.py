@@ -2,10 +2,13 @@
 
 A folder holds `manifest.json` and, for each split, `<split>/<stem>.safetensors` with a sidecar
 `<stem>.json`. A shard's tokens are flat: `features` [T, L, H], `input_ids` int32 [T], `loss_mask`
-uint8 [T] and `offsets` int64 [E + 1], example e being the rows offsets[e]:offsets[e + 1]. The
-sidecar is written last, so that its presence means that the shard is finished.
+uint8 [T] and `offsets` int64 [E + 1], example e being the rows offsets[e]:offsets[e + 1]. int8
+features have `scales` bfloat16 [T, L, G] beside them (`core.data.groupwise`). Where asked for,
+`top_ids` int32 [T, K] and `top_log_probs` float16 [T, K] are the target's likeliest next tokens.
+The sidecar is written last, so that its presence means that the shard is finished.
 
-Shapes: T tokens (of a shard or an example), L feature layers, H hidden, E examples, V vocabulary.
+Shapes: T tokens (of a shard or an example), L feature layers, H hidden, G groups of H, K likeliest
+tokens, E examples, V vocabulary.
 """
 
 from __future__ import annotations
@@ -14,7 +17,6 @@ import bisect
 import contextlib
 import hashlib
 import json
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,75 +28,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from core.data import groupwise
+from core.data.feature_manifest import INT8, Manifest, read_manifest
 from core.errors import InputError, MismatchError, ShapeError
 from core.paths import TEMPORARY, write_atomically
 
-FORMAT_VERSION = 1
-MANIFEST = "manifest.json"
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What the features of a folder are; the same for all its shards.
-
-    Attributes:
-        target: fingerprint of the target model.
-        feature_layers: each stands for the state that *enters* that layer, as the index into HF's
-            `hidden_states` does; the number of layers stands for what leaves the last.
-        final_norm: whether the final norm has been applied to what leaves the last layer.
-        dtype: of `features`.
-        hidden_size: H.
-        vocab_size: V of the target.
-        max_length: longest example, in tokens.
-        tokenizer_hash: of the tokenizer that encoded the examples.
-        template_hash: of the chat template that laid them out.
-        shards: split → stems of its shards, in order.
-    """
-
-    target: str
-    feature_layers: tuple[int, ...]
-    final_norm: bool
-    dtype: str
-    hidden_size: int
-    vocab_size: int
-    max_length: int
-    tokenizer_hash: str
-    template_hash: str
-    shards: Mapping[str, tuple[str, ...]]
-    layer_convention: str = "entering"
-    format_version: int = FORMAT_VERSION
-
-    @property
-    def identity(self) -> str:
-        """Hash of everything but the list of shards; every sidecar repeats it."""
-        values = {key: value for key, value in asdict(self).items() if key != "shards"}
-        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
-
-    def write(self, folder: Path) -> None:
-        """Write `manifest.json`."""
-        content = {"identity": self.identity, **asdict(self)}
-        write_atomically(folder / MANIFEST, json.dumps(content, indent=2).encode())
-
-
-def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a feature folder.
-
-    Raises:
-        InputError: there is none, or another version of Aerie wrote it.
-    """
-    path = folder / MANIFEST
-    if not path.exists():
-        raise InputError(f"{folder}: no {MANIFEST}; is it a folder that extract_features wrote?")
-    content: dict[str, Any] = json.loads(path.read_text())
-    if content.get("format_version") != FORMAT_VERSION:
-        raise InputError(
-            f"{path}: format version {content.get('format_version')}, this Aerie reads "
-            f"{FORMAT_VERSION}; run extract_features again"
-        )
-    del content["identity"]
-    content["feature_layers"] = tuple(content["feature_layers"])
-    content["shards"] = {split: tuple(stems) for split, stems in content["shards"].items()}
-    return Manifest(**content)
+# Tokens that are quantized at a time, which bounds the float32 copy.
+QUANTIZED_AT_ONCE = 1024
 
 
 @dataclass(frozen=True)
@@ -123,6 +63,20 @@ def sidecar(shard: Path) -> Path:
     return shard.with_suffix(".json")
 
 
+@dataclass(frozen=True)
+class TopLogits:
+    """The likeliest next tokens, likeliest first.
+
+    Attributes:
+        ids_TK: int32 [T, K].
+        log_probs_TK: float16 [T, K], of the whole vocabulary: what is missing to a probability of
+            1 is the tail's. float16 because its 11 bits matter near 0 and -65,504 is far.
+    """
+
+    ids_TK: Tensor
+    log_probs_TK: Tensor
+
+
 def write_feature_shard(
     shard: Path,
     *,
@@ -132,6 +86,7 @@ def write_feature_shard(
     offsets: Tensor,
     padded_tokens: int,
     manifest: Manifest,
+    top: TopLogits | None = None,
 ) -> ShardRecord:
     """Write a shard aside, rename it, then write its sidecar.
 
@@ -139,26 +94,22 @@ def write_feature_shard(
 
     Args:
         shard: path ending in `.safetensors`.
-        features_TLH: [T, L, H] in the manifest's dtype.
+        features_TLH: [T, L, H] in the manifest's dtype; any float where that is int8.
         input_ids_T: int32 [T].
         loss_mask_T: uint8 [T].
         offsets: int64 [E + 1].
         padded_tokens: see `ShardRecord`.
         manifest: of the folder.
+        top: as the manifest's `top_logits` says.
     Raises:
         ShapeError: the tensors disagree with each other or with the manifest.
+        ResourceError: the disk is full.
     """
+    _check_shapes(features_TLH, input_ids_T, loss_mask_T, offsets, manifest, top)
     tokens = len(input_ids_T)
-    expected = (tokens, len(manifest.feature_layers), manifest.hidden_size)
-    if tuple(features_TLH.shape) != expected or features_TLH.dtype != _dtype(manifest):
-        raise ShapeError(
-            f"features {tuple(features_TLH.shape)} {features_TLH.dtype}, expected {expected} "
-            f"{_dtype(manifest)}"
-        )
-    if len(loss_mask_T) != tokens or int(offsets[-1]) != tokens:
-        raise ShapeError(f"{len(loss_mask_T)} mask entries and {offsets[-1]} for {tokens} tokens")
     tensors = {
-        "features": features_TLH.contiguous(),
+        **_encoded(features_TLH, manifest.dtype),
+        **({"top_ids": top.ids_TK, "top_log_probs": top.log_probs_TK} if top else {}),
         "input_ids": input_ids_T.to(torch.int32),
         "loss_mask": loss_mask_T.to(torch.uint8),
         "offsets": offsets.to(torch.int64),
@@ -175,6 +126,44 @@ def write_feature_shard(
     )
     write_atomically(sidecar(shard), json.dumps(asdict(record), indent=2).encode())
     return record
+
+
+def _check_shapes(
+    features_TLH: Tensor,
+    input_ids_T: Tensor,
+    loss_mask_T: Tensor,
+    offsets: Tensor,
+    manifest: Manifest,
+    top: TopLogits | None,
+) -> None:
+    tokens = len(input_ids_T)
+    expected = (tokens, len(manifest.feature_layers), manifest.hidden_size)
+    right_dtype = (
+        features_TLH.is_floating_point()
+        if manifest.dtype == INT8
+        else features_TLH.dtype == manifest.stored_dtype
+    )
+    if tuple(features_TLH.shape) != expected or not right_dtype:
+        raise ShapeError(
+            f"features {tuple(features_TLH.shape)} {features_TLH.dtype}, expected {expected} "
+            f"{manifest.dtype}"
+        )
+    if len(loss_mask_T) != tokens or int(offsets[-1]) != tokens:
+        raise ShapeError(f"{len(loss_mask_T)} mask entries and {offsets[-1]} for {tokens} tokens")
+    found = tuple(top.ids_TK.shape) if top else (tokens, 0)
+    if found != (tokens, manifest.top_logits):
+        raise ShapeError(f"top logits {found}, expected {(tokens, manifest.top_logits)}")
+
+
+def _encoded(features_TLH: Tensor, dtype: str) -> dict[str, Tensor]:
+    """The tensors that features are stored as."""
+    if dtype != INT8:
+        return {"features": features_TLH.contiguous()}
+    parts = [groupwise.quantize(part) for part in features_TLH.split(QUANTIZED_AT_ONCE)]
+    return {
+        "features": torch.cat([codes for codes, _ in parts]),
+        "scales": torch.cat([scales for _, scales in parts]),
+    }
 
 
 def file_checksum(path: Path) -> str:
@@ -220,11 +209,19 @@ def remove_leftovers(folder: Path, older_than: float) -> None:
 
 @dataclass(frozen=True)
 class FeatureExample:
-    """One example: input_ids int64 [T], loss_mask bool [T], features [T, L, H]."""
+    """One example.
+
+    Attributes:
+        input_ids: int64 [T].
+        loss_mask: bool [T].
+        features: [T, L, H] as stored, float32 where that is int8; index -1 of L is the final one.
+        top: the target's likeliest next tokens, where they are stored.
+    """
 
     input_ids: Tensor
     loss_mask: Tensor
     features: Tensor
+    top: TopLogits | None = None
 
 
 class FeatureDataset:
@@ -281,8 +278,23 @@ class FeatureDataset:
         return FeatureExample(
             input_ids=file.get_slice("input_ids")[rows].to(torch.int64),
             loss_mask=file.get_slice("loss_mask")[rows].to(torch.bool),
-            # A slice is a view of the whole mapped file: pickled, it would take that along.
-            features=file.get_slice("features")[rows].clone(),
+            features=self._features(file, rows),
+            top=self._top(file, rows),
+        )
+
+    def _features(self, file: Any, rows: slice) -> Tensor:
+        stored: Tensor = file.get_slice("features")[rows]
+        if self.manifest.dtype == INT8:
+            return groupwise.dequantize(stored, file.get_slice("scales")[rows])
+        # A slice is a view of the whole mapped file: pickled, it would take that along.
+        return stored.clone()
+
+    def _top(self, file: Any, rows: slice) -> TopLogits | None:
+        if not self.manifest.top_logits:
+            return None
+        return TopLogits(
+            ids_TK=file.get_slice("top_ids")[rows].clone(),
+            log_probs_TK=file.get_slice("top_log_probs")[rows].clone(),
         )
 
     def loss_mask(self, index: int) -> Tensor:
@@ -333,13 +345,7 @@ def _open_shard(shard: Path) -> Any:
 
 
 def _damaged(shard: Path, what: str) -> str:
-    report = shard.parent.parent / "report.json"
     return (
-        f"{shard} {what}; delete it and {report}, then run extract_features with the same "
-        "output: it computes this shard alone again"
+        f"{shard} {what}; run extract_features as before, once with --verify, which marks what is "
+        "damaged, and once without: it computes this shard alone again"
     )
-
-
-def _dtype(manifest: Manifest) -> torch.dtype:
-    dtype: torch.dtype = getattr(torch, manifest.dtype)
-    return dtype

@@ -5,7 +5,10 @@ Shapes: B batch, T tokens, H hidden, V vocabulary.
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -14,8 +17,13 @@ import torch
 import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+)
 from transformers.cache_utils import Cache
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
@@ -49,6 +57,11 @@ class Target:
         return int(self.model.config.get_text_config().vocab_size)
 
     @property
+    def num_layers(self) -> int:
+        """Decoder layers."""
+        return int(self.model.config.get_text_config().num_hidden_layers)
+
+    @property
     def max_position(self) -> int:
         """Longest sequence that the model's positions allow, in tokens."""
         return int(self.model.config.get_text_config().max_position_embeddings)
@@ -59,14 +72,33 @@ class Target:
 
         Equals HF's `hidden_states[-1]`.
         """
-        body = cast(Any, self.model.base_model)
-        output = body(
-            input_ids=input_ids_BT.to(self.device),
-            attention_mask=None if attention_mask_BT is None else attention_mask_BT.to(self.device),
-            use_cache=False,
-        )
-        features: Tensor = output.last_hidden_state
+        (features,) = self.layer_features(input_ids_BT, attention_mask_BT, (self.num_layers,))
         return features
+
+    @torch.inference_mode()
+    def layer_features(
+        self, input_ids_BT: Tensor, attention_mask_BT: Tensor | None, layers: Sequence[int]
+    ) -> list[Tensor]:
+        """The states [B, T, H] that enter some layers, from one pass; no logits are computed.
+
+        Args:
+            input_ids_BT: int64 [B, T].
+            attention_mask_BT: 1 for tokens, 0 for padding at the right; None without padding.
+            layers: index into HF's `hidden_states` each; the number of layers stands for the
+                final feature, after the final norm. No other states are kept.
+        """
+        body = cast(Any, self.model.base_model)
+        entering: dict[int, Tensor] = {}
+        with _kept(decoder_layers(self.model), layers, entering):
+            output = body(
+                input_ids=input_ids_BT.to(self.device),
+                attention_mask=None
+                if attention_mask_BT is None
+                else attention_mask_BT.to(self.device),
+                use_cache=False,
+            )
+        entering[self.num_layers] = output.last_hidden_state
+        return [entering[layer] for layer in layers]
 
     @torch.inference_mode()
     def hidden_states(
@@ -112,6 +144,39 @@ class Target:
                 f"target.path: {type(self.model).__name__} changes its logits after the output "
                 "head (a scale or a cap), which is not supported yet"
             )
+
+
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """The model's decoder layers, whatever their name: the outermost list of as many modules."""
+    count = int(model.config.get_text_config().num_hidden_layers)
+    for module in cast(nn.Module, model.base_model).modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return module
+    raise InputError(
+        f"target.path: {type(model).__name__} has no list of {count} layers to take features from"
+    )
+
+
+@contextmanager
+def _kept(layers: nn.ModuleList, wanted: Sequence[int], kept: dict[int, Tensor]) -> Iterator[None]:
+    """Keep what enters these layers while a pass runs."""
+
+    def keep(index: int) -> Callable[..., None]:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            kept[index] = args[0] if args else kwargs["hidden_states"]
+
+        return hook
+
+    handles = [
+        layers[index].register_forward_pre_hook(keep(index), with_kwargs=True)
+        for index in wanted
+        if index < len(layers)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def target_folder(path: str | None, *, field: str = "target.path") -> Path:
@@ -173,10 +238,12 @@ def load_target(config: TargetConfig, num_threads: int | None = None) -> Target:
     dtype = getattr(torch, config.dtype)
     quiet_transformers()
     model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, attn_implementation="sdpa"
+        folder, dtype=dtype, attn_implementation="sdpa", **_placement(config, device)
     ).eval()
     model.requires_grad_(False)
-    model.to(device)
+    if config.device_map is not None:
+        # Where the embedding is; accelerate moves what goes on to the next device.
+        device = model.device
     if config.pack_linear and device.type == "cpu":
         pack_linears(model)
     tokenizer = load_tokenizer(folder)
@@ -190,6 +257,26 @@ def load_target(config: TargetConfig, num_threads: int | None = None) -> Target:
     )
 
 
+def _placement(config: TargetConfig, device: torch.device) -> dict[str, Any]:
+    """Where the weights go, and in what form, as `from_pretrained` wants it said."""
+    if config.device_map is not None and device.type != "cuda":
+        raise ConfigError(
+            f"target.device_map={config.device_map} spreads a target over GPUs, and this process "
+            "has none; set it to null, or features.gpus_per_replica to the GPUs of a replica"
+        )
+    placement: dict[str, Any] = {"device_map": config.device_map or {"": device}}
+    if config.quantization == "int8":
+        placement["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
+    elif config.quantization == "nf4":
+        placement["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=getattr(torch, config.dtype),
+        )
+    return placement
+
+
 def quiet_transformers() -> None:
     """No progress bars for shards and no advice in a worker's log."""
     transformers.utils.logging.disable_progress_bar()
@@ -198,6 +285,8 @@ def quiet_transformers() -> None:
     # Saving a model imports DeepSpeed where it is installed, which otherwise warns of this choice.
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # It says for every layer and pass that int8 goes through float16.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def _device(config: TargetConfig) -> torch.device:

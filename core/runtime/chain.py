@@ -50,10 +50,12 @@ def stage_config(config: Config, name: str) -> Config:
     if name == "prepare_data":
         return config.replace(output=str(output / "examples"))
     if name == "extract_features":
-        # Features are extracted in the dtype that they are stored in; decoding has its own.
+        # Features are extracted in the dtype that they are stored in, decoding has its own; int8
+        # is a way of storing what is computed in bfloat16.
+        stored = config.features.dtype
         return config.replace(
             output=str(output / "features"),
-            target={"dtype": config.features.dtype},
+            target={"dtype": "bfloat16" if stored == "int8" else stored},
             data={"examples": str(output / "examples")},
         )
     if name == "train_draft":

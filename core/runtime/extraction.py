@@ -16,22 +16,17 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import ray
-import torch
 from ray.data import ActorPoolStrategy, DataContext
 from transformers import AutoConfig
 
 from core import errors
 from core.config import Config, FeaturesConfig, TargetConfig
 from core.data.examples import SPLITS, example_shards, read_examples, read_metadata
-from core.data.feature_shards import (
-    Manifest,
-    ShardRecord,
-    finished_record,
-    remove_leftovers,
-)
+from core.data.feature_manifest import Manifest
+from core.data.feature_shards import ShardRecord, finished_record, remove_leftovers
 from core.data.template import tokenizer_hash
 from core.errors import AerieError, InputError, MismatchError, StageError
-from core.models.features import extract_shard
+from core.models.features import extract_shard, feature_layers
 from core.models.target import (
     Target,
     load_target,
@@ -40,7 +35,7 @@ from core.models.target import (
     target_folder,
     target_location,
 )
-from core.paths import TEMPORARY, resolve_path
+from core.paths import TEMPORARY, naming_a_full_disk, resolve_path
 from core.progress import Progress, say
 from core.provenance import RunFolder
 from core.runtime.resources import Resources
@@ -63,10 +58,10 @@ def extraction_inputs(config: Config) -> Mapping[str, Path]:
 def extraction_resources(config: Config) -> Resources:
     """One replica, and the disk that the features will still take."""
     paths = extraction_inputs(config)
-    hidden_size = _text_config(paths["target.path"]).hidden_size
-    itemsize = getattr(torch, config.features.dtype).itemsize
+    _check_devices(config)
+    manifest = plan_manifest(config, paths["data.examples"], paths["target.path"])
     tokens = sum(
-        _num_tokens(shard)
+        count_tokens(shard)
         for split in SPLITS
         for shard in example_shards(paths["data.examples"], split)
     )
@@ -74,9 +69,22 @@ def extraction_resources(config: Config) -> Resources:
     return Resources(
         cpus=config.features.cpus_per_replica,
         gpus=config.features.gpus_per_replica,
-        disk_gb=max(0, tokens * (hidden_size * itemsize + 5) - there) / 1e9,
+        disk_gb=max(0, tokens * manifest.bytes_per_token - there) / 1e9,
         because="features.cpus_per_replica, features.gpus_per_replica",
     )
+
+
+def _check_devices(config: Config) -> None:
+    if config.features.gpus_per_replica > 1 and config.target.device_map is None:
+        raise errors.ConfigError(
+            f"features.gpus_per_replica={config.features.gpus_per_replica:g}, of which a target "
+            "uses one; set target.device_map=auto to spread it over them, or lower the former"
+        )
+    if config.target.device_map is not None and config.features.gpus_per_replica < 1:
+        raise errors.ConfigError(
+            f"target.device_map={config.target.device_map} spreads a target over GPUs; set "
+            "features.gpus_per_replica to the GPUs of a replica, or target.device_map to null"
+        )
 
 
 def extract_features(config: Config, folder: RunFolder) -> Mapping[str, Any]:
@@ -99,7 +107,7 @@ def extract_features(config: Config, folder: RunFolder) -> Mapping[str, Any]:
     with Progress(STAGE, total=total, unit="shards", skipped=skipped) as progress:
         if tasks:
             say(STAGE, f"loading the target in {replicas} replica(s)")
-            for row in _run_pool(tasks, replicas, config, manifest):
+            for row in run_pool(tasks, replicas, config, manifest):
                 results.add(row)
                 progress.advance(1, tokens=row["tokens"])
     remove_leftovers(output, older_than=started)
@@ -113,10 +121,12 @@ def extract_features(config: Config, folder: RunFolder) -> Mapping[str, Any]:
         "shards_before": skipped,
         "tokens_per_second": results.tokens_per_second,
         "padding_waste": 1 - sum(tokens.values()) / padded,
-        "bytes": sum(r.bytes for found in records.values() for r in found),
+        "bytes": (size := sum(r.bytes for found in records.values() for r in found)),
+        "bytes_per_token": size / sum(tokens.values()),
         "replicas": replicas,
         "nodes": len(results.nodes),
         "hidden_size": manifest.hidden_size,
+        "feature_layers": list(manifest.feature_layers),
         "features_dtype": manifest.dtype,
         "seconds": time.time() - started,
     }
@@ -127,6 +137,7 @@ def plan_manifest(config: Config, examples: Path, target: Path) -> Manifest:
 
     Raises:
         InputError: there are no examples.
+        ConfigError: layers or tokens that the target does not have.
         MismatchError: the examples were made with another tokenizer.
     """
     shards = {split: tuple(example_shards(examples, split)) for split in SPLITS}
@@ -140,9 +151,14 @@ def plan_manifest(config: Config, examples: Path, target: Path) -> Manifest:
             "target.path to the model whose tokenizer made the examples"
         )
     model = _text_config(target)
+    if config.features.top_logits > model.vocab_size:
+        raise errors.ConfigError(
+            f"features.top_logits={config.features.top_logits} exceeds the target's vocabulary of "
+            f"{model.vocab_size}; lower it"
+        )
     return Manifest(
         target=target_fingerprint(target),
-        feature_layers=(model.num_hidden_layers,),
+        feature_layers=feature_layers(config.features.layers, model.num_hidden_layers),
         final_norm=True,
         dtype=config.features.dtype,
         hidden_size=model.hidden_size,
@@ -151,6 +167,8 @@ def plan_manifest(config: Config, examples: Path, target: Path) -> Manifest:
         tokenizer_hash=metadata.tokenizer_hash,
         template_hash=metadata.template_hash,
         shards={split: tuple(shard.stem for shard in found) for split, found in shards.items()},
+        top_logits=config.features.top_logits,
+        target_quantization=config.target.quantization,
     )
 
 
@@ -178,6 +196,8 @@ class _Replica:
                 f"({ray.util.get_node_ip_address()}) than where the job was started; "
                 "give a folder that every node mounts"
             )
+        if self.settings.manifest.top_logits:
+            target.check_output_head()
         return target
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
@@ -200,8 +220,8 @@ class _Replica:
         except AerieError as error:
             # As a row it reaches the driver as one message, not as Ray's nested tracebacks.
             row["error"], row["kind"] = str(error), type(error).__name__
-        node = ray.get_runtime_context().get_node_id()
-        row.update(ended=time.time(), node=node)
+        context = ray.get_runtime_context()
+        row.update(ended=time.time(), node=context.get_node_id(), replica=context.get_actor_id())
         return {key: [value] for key, value in row.items()}
 
 
@@ -214,8 +234,6 @@ class _Results:
         self._started, self._ended = float("inf"), 0.0
 
     def add(self, row: Mapping[str, Any]) -> None:
-        if row["error"]:
-            raise getattr(errors, row["kind"], InputError)(row["error"])
         self.tokens += int(row["tokens"])
         self.nodes.add(row["node"])
         self._started = min(self._started, row["started"])
@@ -227,22 +245,36 @@ class _Results:
         return self.tokens / max(self._ended - self._started, 1e-9) if self.tokens else 0.0
 
 
-def _run_pool(
+def run_pool(
     tasks: Sequence[dict[str, str]], replicas: int, config: Config, manifest: Manifest
 ) -> Iterator[Mapping[str, Any]]:
+    """Compute the shards of these rows in a pool of replicas.
+
+    Args:
+        tasks: as `shard_tasks` makes them.
+        replicas: that the pool starts with.
+        config: target and features.
+        manifest: of the folder.
+    Yields:
+        As shards are done: `shard`, `tokens`, `started` and `ended` (seconds since the epoch),
+        `node` and `replica`.
+    Raises:
+        AerieError: what a replica raised.
+    """
     _quiet_ray_data()
     location = target_location(str(config.target.path))
     target = config.target.model_copy(update={"path": location})
-    most = min(config.features.num_replicas, len(tasks))
+    most = max(replicas, min(config.features.num_replicas, len(tasks)))
     rows = ray.data.from_items(list(tasks), override_num_blocks=len(tasks)).map_batches(
         _Replica,
         fn_constructor_args=(_ReplicaSettings(target, config.features, manifest),),
         batch_size=1,
-        # At least one, so that when a node is lost for good the others can finish its work.
+        # Fewer than it starts with will do: when a node is lost for good, the others finish its
+        # work, and when one joins, the pool grows.
         compute=ActorPoolStrategy(
-            min_size=1,
+            min_size=min(config.features.min_replicas, replicas),
             initial_size=replicas,
-            max_size=max(replicas, most),
+            max_size=most,
             # A shard takes long enough that queueing a second behind it gains nothing.
             max_tasks_in_flight_per_actor=1,
         ),
@@ -250,7 +282,10 @@ def _run_pool(
         num_gpus=config.features.gpus_per_replica or None,
     )
     # Ray Data spreads the actors over the nodes and restarts them, with their shard, for ever.
-    yield from rows.iter_rows()
+    for row in rows.iter_rows():
+        if row["error"]:
+            raise getattr(errors, row["kind"], InputError)(row["error"])
+        yield row
 
 
 def _attempts(shard: Path) -> Path:
@@ -259,9 +294,10 @@ def _attempts(shard: Path) -> Path:
 
 
 def _count_attempt(shard: Path) -> None:
-    shard.parent.mkdir(parents=True, exist_ok=True)
-    with _attempts(shard).open("ab") as file:
-        file.write(b".")
+    with naming_a_full_disk(shard):
+        shard.parent.mkdir(parents=True, exist_ok=True)
+        with _attempts(shard).open("ab") as file:
+            file.write(b".")
     if _attempts(shard).stat().st_size > MAX_ATTEMPTS:
         raise StageError(
             f"{MAX_ATTEMPTS} replicas crashed while they computed {shard}; out of memory? "
@@ -296,15 +332,26 @@ def _num_replicas(features: FeaturesConfig, num_tasks: int) -> int:
     return min(features.num_replicas, num_tasks, max(1, hold))
 
 
+def shard_tasks(examples: Path, folder: Path) -> list[dict[str, str]]:
+    """One row a shard, for `run_pool`: which examples go into which file."""
+    return [
+        {
+            "examples": str(source.absolute()),
+            "shard": str(folder / split / f"{source.stem}.safetensors"),
+        }
+        for split in SPLITS
+        for source in example_shards(examples, split)
+    ]
+
+
 def _unfinished(examples: Path, folder: Path, manifest: Manifest) -> list[dict[str, str]]:
-    """One row a shard that is still to be computed."""
+    """The shards that are still to be computed."""
     tasks = []
-    for split in SPLITS:
-        for source in example_shards(examples, split):
-            shard = folder / split / f"{source.stem}.safetensors"
-            if finished_record(shard, manifest) is None:
-                _attempts(shard).unlink(missing_ok=True)
-                tasks.append({"examples": str(source.absolute()), "shard": str(shard)})
+    for task in shard_tasks(examples, folder):
+        shard = Path(task["shard"])
+        if finished_record(shard, manifest) is None:
+            _attempts(shard).unlink(missing_ok=True)
+            tasks.append(task)
     return tasks
 
 
@@ -323,7 +370,7 @@ def _records(folder: Path, manifest: Manifest) -> dict[str, list[ShardRecord]]:
     return records
 
 
-def _num_tokens(shard: Path) -> int:
+def count_tokens(shard: Path) -> int:
     """Tokens of an example shard, from the file's footer alone."""
     footer = pq.read_metadata(shard)
     total = 0

@@ -13,14 +13,10 @@ import torch
 from torch import Tensor
 
 from core.config import Config
+from core.data import groupwise
 from core.data.examples import SPLITS, Example, example_shards, read_examples
-from core.data.feature_shards import (
-    FeatureDataset,
-    Manifest,
-    discard_shard,
-    read_manifest,
-    verify_shard,
-)
+from core.data.feature_manifest import Manifest, read_manifest
+from core.data.feature_shards import FeatureDataset, discard_shard, verify_shard
 from core.errors import ConfigError, InputError, MismatchError
 from core.models.features import batch_features
 from core.models.target import Target, load_target
@@ -89,13 +85,19 @@ def tolerance(
     additions to the residual stream then differs by a rounding to the computed dtype, and by
     that of a sum of about `hidden_size` products, which is kept in float32. Such errors are
     independent and grow with the square root of their number. To this comes the rounding to the
-    stored dtype. Measured, of what is allowed: bfloat16 against float32, 30 layers, 0.016 of
-    0.064; float32 in batches of two shapes, 2 layers of large weights, 3e-7 of 2e-6. Features of
-    another layer or model differ by about 1.
+    stored dtype; in int8 half a step, of which a group's largest value has 127, for each of a
+    group's 64 values: at most sqrt(64) / 2 / 127 of the group's length, and a step is stored
+    rounded up by up to 1/128. Measured, of what is allowed: bfloat16 against float32, 30 layers,
+    0.016 of 0.064; float32 in batches of two shapes, 2 layers of large weights, 3e-7 of 2e-6.
+    Features of another layer or model differ by about 1.
     """
     sums = torch.finfo(torch.float32).eps * math.sqrt(hidden_size)
     one_addition = torch.finfo(computed).eps + sums
-    return torch.finfo(stored).eps / 2 + one_addition * math.sqrt(2 * num_layers)
+    if stored == torch.int8:
+        storing = math.sqrt(groupwise.GROUP) / 2 / groupwise.LARGEST * (1 + 1 / 128)
+    else:
+        storing = torch.finfo(stored).eps / 2
+    return storing + one_addition * math.sqrt(2 * num_layers)
 
 
 def relative_errors(stored_TLH: Tensor, fresh_TLH: Tensor) -> Tensor:
@@ -156,11 +158,11 @@ def _compare(
             f"{dataset.folder}/{dataset.split}: example {index} is not that of data.examples; "
             "set data.examples to the folder that the features were made from"
         )
-    fresh_TLH = batch_features(target, [example])[0].unsqueeze(1)
-    error = relative_errors(stored.features, fresh_TLH).mean().item()
-    layers = target.model.config.get_text_config().num_hidden_layers
-    allowed = tolerance(stored.features.dtype, target.dtype, layers, target.hidden_size)
-    return error, allowed
+    fresh_TLH = batch_features(target, [example], dataset.manifest.feature_layers)[0]
+    # Of the layer that is worst.
+    error = relative_errors(stored.features, fresh_TLH).mean(0).max().item()
+    stored_dtype = getattr(torch, dataset.manifest.dtype)
+    return error, tolerance(stored_dtype, target.dtype, target.num_layers, target.hidden_size)
 
 
 def _example(shards: list[Path], index: int) -> Example:

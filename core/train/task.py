@@ -15,7 +15,8 @@ import torch
 from transformers import AutoConfig
 
 from core.config import Config
-from core.data.feature_shards import FeatureDataset, read_manifest
+from core.data.feature_manifest import read_manifest
+from core.data.feature_shards import FeatureDataset
 from core.draft.base import DraftHead, TargetGeometry, build_head
 from core.draft.folder import save_head
 from core.draft.vocabulary import DraftVocabulary

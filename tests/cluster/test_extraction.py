@@ -30,7 +30,9 @@ from core.data.template import template_hash, tokenizer_hash
 from core.errors import StageError
 from core.models.target import target_fingerprint
 from core.models.tiny import byte_tokenizer, save_tiny_target
+from core.models.weights import load_embedding
 from core.runtime.extraction import MAX_ATTEMPTS, _count_attempt
+from jobs import benchmark, train_draft
 from jobs.extract_features import main
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("ray_cluster")]
@@ -198,6 +200,94 @@ def test_verify_finds_features_that_the_target_does_not_give(
     write_split(other, "train", shards=4, seed=5)
     assert main([*arguments(other, target, output), "--verify"]) == 2
     assert "is not that of data.examples" in capsys.readouterr().err
+
+
+def test_training_names_a_cut_off_shard_and_following_the_message_mends_it(
+    finished: Path, examples: Path, target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = copy(finished, tmp_path)
+    shard = output / "train" / "shard-00001.safetensors"
+    os.truncate(shard, shard.stat().st_size - 1)
+    before = modification_times(output)
+    training = [f"features.path={output}", f"target.path={target}", f"output={tmp_path / 'draft'}"]
+    training += ["train.global_batch_size=2", "train.warmup_steps=1"]
+    assert train_draft.main(training) == 2
+    error = capsys.readouterr().err
+    assert f"{shard} is missing, cut off or unfinished" in error and error.count("\n") == 1
+    assert "once with --verify" in error and "once without" in error
+    command = arguments(examples, target, output)
+    assert main([*command, "--verify"]) == 2
+    assert main(command) == 0
+    assert checksums(output) == checksums(finished)
+    after = modification_times(output)
+    assert [str(p) for p in after if after[p] != before.get(p)] == ["train/shard-00001.json"]
+
+
+def test_layers_likely_tokens_and_int8_from_one_command(
+    examples: Path, target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ["features.layers=[0, 1]", "features.top_logits=3", "features.dtype=int8"]
+    command = arguments(examples, target, tmp_path / "out", *more)
+    assert main(command) == 0
+    report = report_of(tmp_path / "out")
+    assert report["feature_layers"] == [0, 1, 2]
+    # Of 32 values and a scale, three layers; three tokens with a probability each; ids and mask.
+    assert 3 * 34 + 3 * 6 + 5 <= float(str(report["bytes_per_token"])) < 3 * 34 + 3 * 6 + 7
+    assert main([*command, "--verify"]) == 0
+    assert "relative error" in capsys.readouterr().out
+    example = FeatureDataset(tmp_path / "out", "train")[0]
+    assert example.features.shape[1:] == (3, 32) and example.top is not None
+    embedding = load_embedding(target)[example.input_ids]
+    # What enters layer 0 is the embedding.
+    torch.testing.assert_close(example.features[:, 0], embedding, rtol=0, atol=0.01)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("features.layers=eagle3", "features.layers=eagle3 (2, 1, -1)"),
+        ("features.top_logits=300", "features.top_logits=300 exceeds the target's vocabulary"),
+        ("features.gpus_per_replica=2", "set target.device_map=auto to spread it"),
+        ("target.device_map=balanced", "set features.gpus_per_replica to the GPUs of a replica"),
+        ("features.min_replicas=3", "features.min_replicas=3 exceeds features.num_replicas=2"),
+    ],
+)
+def test_settings_that_cannot_be(
+    examples: Path,
+    target: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    override: str,
+    said: str,
+) -> None:
+    assert main(arguments(examples, target, tmp_path / "out", override)) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
+    assert not (tmp_path / "out" / "train").exists()
+
+
+def test_benchmark(examples: Path, target: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    command = arguments(examples, target, output, "features.num_replicas=1")
+    assert benchmark.main([*command, "benchmark.repeats=2"]) == 0
+    report = report_of(output)
+    ways, ratios = report["ways"], report["ratios"]
+    assert isinstance(ways, dict) and isinstance(ratios, dict)
+    assert list(ways) == ["reference", "reference_without_logits", "bare_loop", "ray_pipeline"]
+    for figures in ways.values():
+        assert 0 < figures["tokens_per_second"]["min"] <= figures["tokens_per_second"]["max"]
+    # The pool writes what the bare loop writes.
+    assert ways["bare_loop"]["bytes_per_token"] == ways["ray_pipeline"]["bytes_per_token"]
+    assert 0 <= ways["bare_loop"]["padding_waste"]["median"] < 0.1
+    assert ratios["bare_loop_speed_to_reference"]["at_least"] == 1.3
+    assert ratios["ray_pipeline_time_to_bare_loop"]["at_most"] == 1.1
+    storage = report["storage"]
+    assert isinstance(storage, dict)
+    assert storage["float32"]["error"] == 0 < storage["int8"]["error"] < 0.02
+    assert storage["int8"]["bytes_per_token"] < 0.6 * storage["bfloat16"]["bytes_per_token"]
+    assert not (output / "work").exists()
+    few = [*arguments(examples, target, tmp_path / "few"), "benchmark.max_tokens=2500"]
+    assert benchmark.main(few) == 2
 
 
 def test_inspect_prints_shapes_and_norms(

@@ -17,7 +17,7 @@ import psutil
 import pytest
 from ray.cluster_utils import Cluster
 
-from core.data.feature_shards import read_manifest
+from core.data.feature_manifest import read_manifest
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 

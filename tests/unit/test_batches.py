@@ -6,7 +6,9 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from core.config import Config
 from core.data.batches import pad_right, plan_batches
+from core.data.conversations import Conversation
 
 Lengths = npt.NDArray[np.int64]
 
@@ -40,6 +42,28 @@ def test_bucketing_keeps_padding_small(seed: int) -> None:
     in_order = [lengths[i : i + 4] for i in range(0, len(lengths), 4)]
     unsorted = sum(len(batch) * batch.max() for batch in in_order)
     assert 1 - lengths.sum() / unsorted > 0.3, "the lengths are too alike to show anything"
+
+
+def test_padding_stays_small_over_real_conversations(
+    real_conversations: list[Conversation],
+) -> None:
+    """200 conversations of ShareGPT, in shards of the default size, at the default budget."""
+    shards: list[list[int]] = [[]]
+    for conversation in real_conversations:
+        if sum(shards[-1]) >= Config().data.shard_tokens:
+            shards.append([])
+        # Four characters a token, which is what SmolLM2's tokenizer comes to.
+        characters = sum(len(message.content) for message in conversation.messages)
+        shards[-1].append(min(max(8, characters // 4), Config().data.max_length))
+    budget = Config().features.batch_tokens
+    plans = [plan_batches(shard, budget) for shard in shards]
+    padded = sum(plan.padded_tokens for plan in plans)
+    tokens = sum(plan.tokens for plan in plans)
+    assert len(shards) > 5 and 1 - tokens / padded <= 0.1
+    assert sum(len(plan.batches) for plan in plans) < 0.7 * len(real_conversations)
+    unsorted = [shard[i : i + 2] for shard in shards for i in range(0, len(shard), 2)]
+    without = sum(len(batch) * max(batch) for batch in unsorted)
+    assert 1 - tokens / without > 0.1, "the lengths are too alike to show anything"
 
 
 def test_equal_lengths_fill_the_budget() -> None:

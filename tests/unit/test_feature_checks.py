@@ -29,13 +29,13 @@ def test_the_tolerance_lets_rounding_pass_and_another_model_not(tmp_path: Path, 
         )
     )
     other = load_target(TargetConfig.model_validate({"path": str(tmp_path / "1"), "dtype": dtype}))
-    stored_BTH = batch_features(same, examples)
-    stored_dtype = stored_BTH.dtype
+    stored_BTLH = batch_features(same, examples)
+    stored_dtype = stored_BTLH.dtype
     allowed = tolerance(stored_dtype, same.dtype, num_layers=2, hidden_size=32)
     for row, example in enumerate(examples):
-        stored_TLH = stored_BTH[row, : example.num_tokens].unsqueeze(1)
+        stored_TLH = stored_BTLH[row, : example.num_tokens]
         for target, explained in ((same, True), (plain, True), (other, False)):
-            fresh_TLH = batch_features(target, [example])[0].unsqueeze(1)
+            fresh_TLH = batch_features(target, [example])[0]
             error = relative_errors(stored_TLH, fresh_TLH).mean().item()
             assert (error <= allowed) is explained
             if not explained:

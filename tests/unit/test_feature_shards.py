@@ -8,17 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 
+from core.data.feature_manifest import Manifest, read_manifest
 from core.data.feature_shards import (
     FeatureDataset,
-    Manifest,
+    TopLogits,
     discard_shard,
     finished_record,
-    read_manifest,
     remove_leftovers,
     sidecar,
     verify_shard,
     write_feature_shard,
 )
+from core.data.groupwise import dequantize, quantize
 from core.errors import InputError, MismatchError, ShapeError
 
 MANIFEST = Manifest(
@@ -173,9 +174,9 @@ def test_a_folder_that_holds_no_features_is_refused(folder: Path, tmp_path: Path
 def test_the_manifest_is_read_as_it_was_written(folder: Path) -> None:
     assert read_manifest(folder) == MANIFEST
     path = folder / "manifest.json"
-    newer = path.read_text().replace('"format_version": 1', '"format_version": 2')
+    newer = path.read_text().replace('"format_version": 2', '"format_version": 3')
     path.write_text(newer)
-    with pytest.raises(InputError, match="format version 2"):
+    with pytest.raises(InputError, match="format version 3"):
         read_manifest(folder)
 
 
@@ -195,6 +196,68 @@ def test_tensors_that_disagree_are_refused(tmp_path: Path) -> None:
     for tokens, dtype in ((5, torch.bfloat16), (4, torch.float32)):
         with pytest.raises(ShapeError):
             write(tokens, dtype)
+
+
+def _write_int8(folder: Path, features_TLH: torch.Tensor, top: TopLogits | None) -> Manifest:
+    tokens = len(features_TLH)
+    manifest = replace(
+        MANIFEST,
+        feature_layers=(0, 1, 2),
+        dtype="int8",
+        hidden_size=100,
+        top_logits=0 if top is None else top.ids_TK.shape[1],
+        shards={"train": ("shard-00000",)},
+    )
+    write_feature_shard(
+        folder / "train" / "shard-00000.safetensors",
+        features_TLH=features_TLH,
+        input_ids_T=torch.arange(tokens),
+        loss_mask_T=torch.ones(tokens),
+        offsets=torch.tensor([0, 1000, tokens]),
+        padded_tokens=tokens,
+        manifest=manifest,
+        top=top,
+    )
+    manifest.write(folder)
+    return manifest
+
+
+def test_int8_is_read_as_the_values_it_stands_for(tmp_path: Path) -> None:
+    """More tokens than are quantized at a time; a last group of 36."""
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(1500, 3, 100, generator=generator).bfloat16()
+    top = TopLogits(
+        torch.randint(0, 100, (1500, 4), generator=generator, dtype=torch.int32),
+        -torch.rand(1500, 4, generator=generator).half(),
+    )
+    manifest = _write_int8(tmp_path, features, top)
+    found = FeatureDataset(tmp_path, "train")[1]
+    assert found.features.dtype == torch.float32
+    assert torch.equal(found.features, dequantize(*quantize(features[1000:])))
+    # Half a step, of which the largest of 64 normal values has 127.
+    torch.testing.assert_close(found.features, features[1000:].float(), rtol=0, atol=0.02)
+    assert found.top is not None
+    assert torch.equal(found.top.ids_TK, top.ids_TK[1000:])
+    assert torch.equal(found.top.log_probs_TK, top.log_probs_TK[1000:])
+    assert manifest.bytes_per_token == 3 * (100 + 2 * 2) + 5 + 4 * 6
+    size = (tmp_path / "train" / "shard-00000.safetensors").stat().st_size
+    assert manifest.bytes_per_token * 1500 < size < manifest.bytes_per_token * 1500 + 1000
+
+
+def test_likeliest_tokens_must_be_as_the_manifest_says(tmp_path: Path) -> None:
+    features = torch.zeros(1500, 3, 100)
+    with pytest.raises(ShapeError, match=r"top logits \(1500, 0\), expected \(1500, 2\)"):
+        write_feature_shard(
+            tmp_path / "train" / "shard-00000.safetensors",
+            features_TLH=features,
+            input_ids_T=torch.zeros(1500),
+            loss_mask_T=torch.zeros(1500),
+            offsets=torch.tensor([0, 1500]),
+            padded_tokens=1500,
+            manifest=replace(
+                MANIFEST, feature_layers=(0, 1, 2), dtype="int8", hidden_size=100, top_logits=2
+            ),
+        )
 
 
 def test_leftovers_of_killed_writers_are_removed(folder: Path) -> None:

@@ -302,6 +302,8 @@ def test_each_stage_reads_what_the_one_before_wrote(tmp_path: Path) -> None:
     assert stages["train_draft"].features.path == stages["extract_features"].output
     assert stages["extract_features"].data.examples == stages["prepare_data"].output
     assert stages["extract_features"].target.dtype == config.features.dtype
+    int8 = chain.stage_config(config.replace(features={"dtype": "int8"}), "extract_features")
+    assert (int8.target.dtype, int8.features.dtype) == ("bfloat16", "int8")
     assert stages["train_draft"].train == config.train
     assert quickstart.JOB.sections == chain.SECTIONS
 

@@ -22,6 +22,7 @@ ERRORS = {
 }
 CONFIG = {
     "DRAFT_CONFIGS",
+    "BenchmarkConfig",
     "ClusterConfig",
     "Config",
     "ConvertConfig",

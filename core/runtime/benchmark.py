@@ -1,0 +1,43 @@
+"""Which benchmarks there are: name → what it needs and what runs it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from core.config import Config
+from core.provenance import RunFolder
+from core.runtime.extraction import extraction_inputs, extraction_resources
+from core.runtime.extraction_benchmark import benchmark_extraction
+from core.runtime.resources import Resources
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """Inputs, resources and work of one benchmark, as a `Job` has them."""
+
+    inputs: Callable[[Config], Mapping[str, Path]]
+    resources: Callable[[Config], Resources]
+    run: Callable[[Config, RunFolder], Mapping[str, Any]]
+
+
+BENCHMARKS = {
+    "extraction": Benchmark(extraction_inputs, extraction_resources, benchmark_extraction),
+}
+
+
+def inputs(config: Config) -> Mapping[str, Path]:
+    """Those of the benchmark asked for."""
+    return BENCHMARKS[config.benchmark.name].inputs(config)
+
+
+def resources(config: Config) -> Resources:
+    """Those of the benchmark asked for."""
+    return BENCHMARKS[config.benchmark.name].resources(config)
+
+
+def run(config: Config, folder: RunFolder) -> Mapping[str, Any]:
+    """Run the benchmark asked for; returns the report."""
+    return BENCHMARKS[config.benchmark.name].run(config, folder)
