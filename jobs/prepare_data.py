@@ -14,6 +14,7 @@ from core.runtime import job
 from core.runtime.preparation import (
     inspect_examples,
     preparation_inputs,
+    preparation_resources,
     prepare,
     verify_examples_written,
 )
@@ -24,6 +25,7 @@ JOB = job.Job(
     sections=("data",),
     inputs=preparation_inputs,
     run=prepare,
+    resources=preparation_resources,
     actions={
         "inspect": job.Action(
             "print N examples, what is learnt in green", inspect_examples, metavar="N"

@@ -45,13 +45,43 @@ class TargetConfig(Section):
     )
 
 
+# Cleaning rules that can be turned off, and the formats that can be named; core/data has both.
+RuleName = Literal[
+    "html",
+    "invisible_characters",
+    "ui_residue",
+    "white_space",
+    "blank_turns",
+    "late_system_turns",
+    "leading_assistant_turns",
+    "repeated_roles",
+    "unanswered_turn",
+]
+FormatName = Literal["auto", "gdgpt", "sharegpt", "messages", "pairs", "alpaca", "prompt", "text"]
+TemplateName = Literal["auto", "llama-2", "vicuna", "mixtral", "llama-3", "qwen-2"]
+
+
 class DataConfig(Section):
     """Conversations, and what becomes of them."""
 
-    path: str | None = setting(None, "conversations: JSON, JSONL, also pkg://<package>/<file>")
+    path: str | tuple[str, ...] | None = setting(
+        None,
+        "conversations, or a list of such: JSON, JSONL, Parquet, a folder of these, "
+        "pkg://<package>/<file>, or hub://<data set>[?split=train&name=<subset>&revision=<commit>]",
+    )
     examples: str | None = setting(None, "folder that prepare_data wrote")
-    format: Literal["sharegpt"] = field("sharegpt", "record format of data.path")
-    max_length: int = field(2048, "longest example, in tokens; longer ones are cut", ge=16)
+    format: FormatName = field(
+        "auto", "record format of data.path; auto tells it record by record, so they may be mixed"
+    )
+    template: TemplateName = field(
+        "auto", "chat template; auto takes the tokenizer's own, a name the one of that family"
+    )
+    max_length: int = field(2048, "longest example, in tokens", ge=16)
+    too_long: Literal["split", "cut"] = field(
+        "split",
+        "conversations above max_length: split at turns into several examples, or cut; an answer "
+        "that is too long alone is cut in either case",
+    )
     max_conversations: int | None = field(
         None, "take at most so many conversations, chosen by content hash; null takes all", ge=1
     )
@@ -59,8 +89,24 @@ class DataConfig(Section):
     max_bad_records: int = setting(
         0, "records that are no conversations and still let the job succeed", ge=0
     )
+    rules_off: tuple[RuleName, ...] = field((), "cleaning rules that are not applied")
+    near_duplicates: float | None = field(
+        0.8,
+        "share of five-word runs in common (MinHash) from which conversations count as the same; "
+        "null keeps all but exact duplicates",
+        gt=0.2,
+        le=1,
+    )
+    only_languages: tuple[str, ...] = field(
+        (), "drop conversations in other languages than these (ISO 639-1: en, zh, …)"
+    )
+    drop_languages: tuple[str, ...] = field((), "drop conversations in these languages")
+    mask_pii: bool = field(False, "replace e-mail addresses and telephone numbers by marks")
     shard_tokens: int = field(16384, "tokens a shard of examples (and of features)", ge=256)
     prompt_tokens: int = field(512, "longest held-out prompt kept for evaluation, in tokens", ge=16)
+    num_workers: int | None = setting(
+        None, "blocks of conversations worked on at a time; null takes the cluster's CPUs", ge=1
+    )
     seed: int = field(0, "changes which conversations are taken and held out")
 
 

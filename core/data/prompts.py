@@ -11,7 +11,7 @@ from typing import Any
 from core.data.conversations import ROLES, Conversation, Message
 from core.data.selection import text_key
 from core.errors import InputError
-from core.paths import write_atomically
+from core.paths import TEMPORARY, write_atomically
 
 TASKS = ("first_turn", "follow_up")
 
@@ -34,52 +34,66 @@ def prompts_of(conversation: Conversation) -> tuple[Prompt, ...]:
     )
 
 
+def questions_of(conversation: Conversation) -> list[bytes]:
+    """A key for each text of the user's."""
+    return [text_key(m.content) for m in conversation.messages if m.role == "user"]
+
+
 class PromptPool:
     """Collects the held-out conversations' prompts, without those that training has seen.
 
     Dumps hold many conversations that begin alike: a prompt whose first question any training
-    conversation contains, or another prompt's conversation, is left out.
+    conversation contains, or another prompt's conversation, is left out. Candidates wait in a
+    file, so that memory holds 16 bytes a question.
     """
 
-    def __init__(self, max_tokens: int) -> None:
+    def __init__(self, candidates: Path, max_tokens: int) -> None:
         self.max_tokens = max_tokens
         self._trained: set[bytes] = set()
-        self._candidates: list[tuple[bytes, list[Prompt]]] = []
+        self._candidates = candidates
+        self._file = candidates.open("w", encoding="utf-8")
 
-    def add(self, conversation: Conversation, held_out: bool, lengths: Sequence[int]) -> None:
-        """Take note of a conversation; `lengths` are its prompts' tokens if it is held out."""
-        asked = [text_key(m.content) for m in conversation.messages if m.role == "user"]
-        if not held_out:
-            self._trained.update(asked)
-            return
-        prompts = zip(prompts_of(conversation), lengths, strict=True)
-        short = [prompt for prompt, length in prompts if length <= self.max_tokens]
-        self._candidates.append((asked[0], short))
+    def saw(self, questions: Iterable[bytes]) -> None:
+        """Take note of what a training conversation asks."""
+        self._trained.update(questions)
 
-    def prompts(self) -> list[Prompt]:
-        """The prompts, in the order of the conversations."""
-        taken, result = set(self._trained), []
-        for first_question, prompts in self._candidates:
-            if first_question not in taken:
-                taken.add(first_question)
-                result += prompts
-        return result
+    def offer(self, questions: Sequence[bytes], prompts: Iterable[tuple[Prompt, int]]) -> None:
+        """Take note of a held-out conversation's prompts, each with its length in tokens."""
+        short = [_as_dict(prompt) for prompt, length in prompts if length <= self.max_tokens]
+        self._file.write(json.dumps([questions[0].hex(), short]) + "\n")
+
+    def write(self, path: Path) -> int:
+        """Write the prompts in the order in which they were offered; returns how many."""
+        self._file.close()
+        taken, count = self._trained, 0
+        aside = path.with_name(f".{path.name}{TEMPORARY}")
+        with (
+            self._candidates.open(encoding="utf-8") as found,
+            aside.open("w", encoding="utf-8") as file,
+        ):
+            for line in found:
+                first_question, prompts = json.loads(line)
+                if bytes.fromhex(first_question) in taken:
+                    continue
+                taken.add(bytes.fromhex(first_question))
+                for prompt in prompts:
+                    file.write(json.dumps(prompt, ensure_ascii=False) + "\n")
+                    count += 1
+        aside.replace(path)
+        return count
+
+
+def _as_dict(prompt: Prompt) -> dict[str, Any]:
+    return {
+        "id": prompt.id,
+        "task": prompt.task,
+        "messages": [message.as_dict() for message in prompt.messages],
+    }
 
 
 def write_prompts(path: Path, prompts: Iterable[Prompt]) -> None:
     """Write the file whole or not at all."""
-    lines = [
-        json.dumps(
-            {
-                "id": prompt.id,
-                "task": prompt.task,
-                "messages": [message.as_dict() for message in prompt.messages],
-            },
-            ensure_ascii=False,
-        )
-        + "\n"
-        for prompt in prompts
-    ]
+    lines = [json.dumps(_as_dict(prompt), ensure_ascii=False) + "\n" for prompt in prompts]
     write_atomically(path, "".join(lines).encode())
 
 

@@ -8,10 +8,14 @@ A template that marks its generation (`{% generation %}`) is believed. For all o
 come from the rendering itself: the text of the messages before an answer, with the generation
 prompt, must begin the text of the messages up to and with it, and that must begin the whole text.
 Character spans become token spans by the tokenizer's own offsets.
+
+Roles that a template does not take are written so that it does (`adapted`): a system message in
+front of the first question, a tool's answer as a marked turn of the user's.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import re
@@ -23,7 +27,8 @@ import numpy as np
 import numpy.typing as npt
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from core.data.conversations import Message
+from core.data.chat_templates import BUILT_IN
+from core.data.conversations import Message, Role
 from core.errors import InputError
 
 Ids = npt.NDArray[np.int32]
@@ -52,6 +57,7 @@ def encode_conversation(
         TemplateError: no template, it refuses the messages, or it does not show where the
             assistant speaks.
     """
+    messages = adapted(tokenizer, messages)
     if tokenizer.is_fast and GENERATION_MARK.search(chat_template(tokenizer)):
         ids, mask = _encode_marked(tokenizer, messages)
         answer_starts_at = int(mask.argmax())
@@ -71,9 +77,53 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message
     Raises:
         TemplateError: no template, or it refuses the messages.
     """
-    text = render(tokenizer, messages, generation_prompt=True)
+    text = render(tokenizer, adapted(tokenizer, messages), generation_prompt=True)
     ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     return ids
+
+
+def adapted(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> tuple[Message, ...]:
+    """The messages in roles that the tokenizer's template takes.
+
+    Raises:
+        TemplateError: no template.
+    """
+    roles = {message.role for message in messages}
+    if "tool" in roles and not _takes(tokenizer, "tool"):
+        answer = "<tool_response>\n{}\n</tool_response>"
+        messages = [
+            Message("user", answer.format(m.content)) if m.role == "tool" else m for m in messages
+        ]
+    if "system" in roles and not _takes(tokenizer, "system"):
+        # Then it reads as what the user says first.
+        messages = [Message("user", m.content) if m.role == "system" else m for m in messages]
+    if roles <= {"user", "assistant"}:
+        return tuple(messages)
+    merged: list[Message] = []
+    for message in messages:
+        if merged and merged[-1].role == message.role == "user":
+            message = Message("user", f"{merged.pop().content}\n\n{message.content}")
+        merged.append(message)
+    return tuple(merged)
+
+
+def _takes(tokenizer: PreTrainedTokenizerBase, role: Role) -> bool:
+    # By the template's text too: a tokenizer may be given another one.
+    return _probe(tokenizer, chat_template(tokenizer), role)
+
+
+@functools.lru_cache(maxsize=64)
+def _probe(tokenizer: PreTrainedTokenizerBase, _: str, role: Role) -> bool:
+    """Whether a message of that role shows in the rendering."""
+    mark, question, answer = "6d61726b", Message("user", "a"), Message("assistant", "b")
+    tried = {
+        "system": (Message("system", mark), question, answer),
+        "tool": (question, answer, Message("tool", mark), answer),
+    }[role]
+    try:
+        return mark in render(tokenizer, tried, generation_prompt=False)
+    except TemplateError:
+        return False
 
 
 def render(
@@ -100,8 +150,9 @@ def chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
         template = template.get("default")
     if not template:
         raise TemplateError(
-            f"the tokenizer {tokenizer.name_or_path!r} has no chat template; use the instruct "
-            "variant of the model, or put a chat_template.jinja into its folder"
+            f"the tokenizer {tokenizer.name_or_path!r} has no chat template; name its "
+            f"family's by data.template={'|'.join(BUILT_IN)}, use the instruct variant of the "
+            "model, or put a chat_template.jinja into its folder"
         )
     return str(template)
 
@@ -126,7 +177,7 @@ def _apply(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], **op
     chat_template(tokenizer)
     try:
         return tokenizer.apply_chat_template([m.as_dict() for m in messages], **options)
-    except (jinja2.TemplateError, ValueError) as error:
+    except (jinja2.TemplateError, ValueError, TypeError) as error:
         roles = ", ".join(message.role for message in messages[:6])
         raise TemplateError(
             f"the tokenizer's chat template refuses a conversation of {roles}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,13 +14,13 @@ import ray
 from core.config import Config
 from core.errors import ConfigError
 from core.evaluate.page import print_table, read_samples, write_page
-from core.paths import resolve_path
 from core.progress import say
 from core.provenance import RunFolder
 from core.runtime import job as jobs
 from core.runtime.connect import connect, inside_submitted_job, jobs_api_is_free, ray_address
 from core.runtime.evaluation import check_tree_sizes
 from core.runtime.job import Job, Report
+from core.runtime.preparation import data_inputs
 from core.runtime.resources import Resources, check_resources
 from core.runtime.submit import submit
 
@@ -75,8 +76,7 @@ def data_input(config: Config) -> dict[str, Path]:
 
     What later stages would refuse is refused here too, before anything is computed.
     """
-    if not config.data.path:
-        raise ConfigError("data.path is not set; give a JSON or JSONL file of conversations")
+    inputs = data_inputs(config.data)
     check_tree_sizes(config)
     made_here = {
         "target.path": config.target.path,
@@ -90,7 +90,7 @@ def data_input(config: Config) -> dict[str, Path]:
             f"{', '.join(given)}: the main job makes its own; leave it out, or run the jobs one by "
             "one with it (README, `Your own model, data and cluster`)"
         )
-    return {"data.path": resolve_path(config.data.path, field="data.path")}
+    return inputs
 
 
 def run_chain(config: Config, folder: RunFolder, stages: Sequence[Job]) -> Report:
@@ -139,7 +139,8 @@ def _submit_here(job: Job, config: Config, path: str | None, overrides: Sequence
     address_here = ray.get_runtime_context().gcs_address
     command = [*(["--config", str(Path(path).absolute())] if path else []), *overrides]
     command += [f"output={output}", f"cluster.address={address_here}", "cluster.can_grow=false"]
-    command += [f"{name}={place.absolute()}" for name, place in job.inputs(config).items()]
+    # Those that exist here are absolute since the config was loaded.
+    command.append(f"data.path={json.dumps(config.data.path)}")
     try:
         # This Ray has this environment, which need not be on the PATH.
         return submit(f"jobs.{job.name}", command, address, python=sys.executable)

@@ -106,9 +106,16 @@ def _with_absolute_inputs(config: Config) -> Config:
     # What does not exist here stays as it is: hub ids, addresses, mistakes.
     for section, name in INPUT_FIELDS:
         value = getattr(getattr(config, section), name)
-        if value is not None and "://" not in value and Path(value).exists():
-            config = config.replace(**{section: {name: str(Path(value).absolute())}})
+        if isinstance(value, str):
+            config = config.replace(**{section: {name: _absolute(value)}})
+        elif value is not None:
+            config = config.replace(**{section: {name: [_absolute(one) for one in value]}})
     return config
+
+
+def _absolute(location: str) -> str:
+    here = "://" not in location and Path(location).exists()
+    return str(Path(location).absolute()) if here else location
 
 
 def check_output(config: Config) -> None:

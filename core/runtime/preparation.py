@@ -1,67 +1,52 @@
 """The stage prepare_data: conversations to examples and evaluation prompts.
 
-The driver reads, cleans and selects in one pass over the file; Ray Data tokenizes what was
-selected, in order, on as many CPUs as there are; the driver packs the examples into shards as
-they come back. Order and selection go by content hash, so the bytes that are written depend
-neither on the order of the input nor on the number of workers.
+1. Ray Data reads the sources and cleans their records, block by block, on as many CPUs as there
+   are. The driver puts the texts aside on disk, by content hash, and keeps hashes.
+2. Near duplicates are found among the signatures, and what is taken is written in its order.
+3. Ray Data tokenizes it, in that order; the driver packs the examples into shards.
+
+Order and selection go by content hash, so the bytes that are written depend neither on the order
+of the input nor on the number of workers; memory grows by hashes alone.
 """
 
 from __future__ import annotations
 
-import functools
-import itertools
+import errno
 import json
-import logging
-import platform
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import ray.data
-from transformers.tokenization_utils_base import PreTrainedTokenizerBase
-
 from core.config import Config
+from core.config.sections import DataConfig
 from core.data.cleaning import LATE_ANSWER
-from core.data.conversations import Conversation, Message
-from core.data.corpus import STAGE, Corpus, read_corpus
+from core.data.conversations import Conversation, unpack_messages
 from core.data.examples import SPLITS, Example, ExampleMetadata, ShardWriter
 from core.data.inspection import show_examples, verify_folder
-from core.data.prompts import PromptPool, prompts_of, write_prompts
-from core.data.template import (
-    encode_conversation,
-    encode_prompt,
-    template_hash,
-    tokenizer_hash,
-)
-from core.errors import ConfigError, InputError, MismatchError, UserError
-from core.models.target import load_tokenizer, quiet_transformers, target_folder, target_location
+from core.data.language import known_languages
+from core.data.prompts import PromptPool, prompts_of
+from core.data.records import HUB_SCHEME, find_sources
+from core.data.template import template_hash, tokenizer_hash
+from core.errors import ConfigError, InputError, ResourceError
+from core.models.target import target_folder
 from core.paths import resolve_path, write_atomically
 from core.progress import Progress, say
 from core.provenance import RunFolder
+from core.runtime.encoding import encode_all, load_chat_tokenizer
+from core.runtime.hub import hub_revision
+from core.runtime.memory import PeakMemory
+from core.runtime.resources import Resources
+from core.runtime.scanning import SELECTED, STAGE, scan
 from core.tracking import MetricLog
 
-# Small enough that a few hundred conversations already occupy several workers.
-CONVERSATIONS_PER_BLOCK = 64
-# Everything is written aside here first, so that a split that is there is complete.
+# Everything is made aside here first, so that a split that is there is complete.
 ASIDE = ".unfinished"
+# In it, written last, what the first pass came to: a run that was killed later goes on from there.
+SCANNED = "scanned.json"
 # What a run came to, kept where it must not count as finished because of bad records.
 OUTCOME = "outcome.json"
-
-CONVERSATION_SCHEMA = pa.schema(
-    [("id", pa.string()), ("source", pa.string()), ("held_out", pa.bool_()),
-     ("messages", pa.string())]
-)  # fmt: skip
-ENCODED_SCHEMA = pa.schema(
-    [
-        ("input_ids", pa.list_(pa.int32())),
-        ("loss_mask", pa.list_(pa.uint8())),
-        ("prompt_lengths", pa.list_(pa.int32())),
-        ("problem", pa.string()),
-    ]
-)
 
 
 def preparation_inputs(config: Config) -> dict[str, Path]:
@@ -70,12 +55,36 @@ def preparation_inputs(config: Config) -> dict[str, Path]:
     Raises:
         UserError: one of them is not set or does not exist.
     """
-    if config.data.path is None:
-        raise ConfigError("data.path is not set; give a JSON or JSONL file of conversations")
-    path = resolve_path(config.data.path, field="data.path")
-    if not path.is_file():
-        raise InputError(f"data.path={config.data.path}: a folder; give one JSON or JSONL file")
-    return {"data.path": path, "target.path": target_folder(config.target.path)}
+    return {**data_inputs(config.data), "target.path": target_folder(config.target.path)}
+
+
+def data_inputs(data: DataConfig) -> dict[str, Path]:
+    """Where the conversations are; a hub data set by a file that holds its revision.
+
+    Raises:
+        UserError: not set, or does not exist.
+    """
+    if not data.path:
+        raise ConfigError(
+            "data.path is not set; give conversations: JSON, JSONL, Parquet, a folder, hub://…"
+        )
+    locations = [data.path] if isinstance(data.path, str) else list(data.path)
+    # Found now, so that an empty folder is said at once.
+    find_sources(tuple(locations), field="data.path")
+    inputs = {}
+    for number, location in enumerate(locations):
+        name = "data.path" if len(locations) == 1 else f"data.path[{number}]"
+        on_hub = location.startswith(HUB_SCHEME)
+        inputs[name] = (
+            hub_revision(location) if on_hub else resolve_path(location, field="data.path")
+        )
+    return inputs
+
+
+def preparation_resources(config: Config) -> Resources:
+    """Disk for the texts (twice, while they are sorted) and the examples."""
+    sources = find_sources(config.data.path or (), field="data.path")
+    return Resources(disk_gb=0.1 + 3 * sum(source.num_bytes for source in sources) / 1e9)
 
 
 def prepare(config: Config, folder: RunFolder) -> Mapping[str, Any]:
@@ -84,11 +93,23 @@ def prepare(config: Config, folder: RunFolder) -> Mapping[str, Any]:
     Raises:
         InputError: a template that does not fit, no conversation left, or, after everything is
             written, more bad records than allowed. Then only this check is done again next time.
+        ResourceError: the disk is full.
     """
     outcome_path = folder.path / OUTCOME
     if not outcome_path.exists():
-        outcome = _prepare(config, folder)
-        write_atomically(outcome_path, json.dumps(outcome, indent=2).encode())
+        try:
+            outcome = _prepare(config, folder)
+            write_atomically(outcome_path, json.dumps(outcome, indent=2).encode())
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            shutil.rmtree(folder.path / ASIDE, ignore_errors=True)
+            raise ResourceError(
+                f"output={config.output}: the disk is full ({error}); what was unfinished has been "
+                f"removed; free about {preparation_resources(config).disk_gb:.1f} GB, or choose "
+                "another output"
+            ) from error
+    shutil.rmtree(folder.path / ASIDE, ignore_errors=True)
     outcome = json.loads(outcome_path.read_text())
     _check_bad_records(config, outcome)
     report: dict[str, Any] = outcome["report"]
@@ -115,217 +136,134 @@ def _check_bad_records(config: Config, outcome: Mapping[str, Any]) -> None:
 
 
 def _prepare(config: Config, folder: RunFolder) -> dict[str, Any]:
-    paths = preparation_inputs(config)
-    # Before the file is read: a tokenizer without a template should not cost a minute to find.
-    tokenizer = _tokenizer(paths["target.path"])
+    # Before anything is read: a tokenizer without a template should not cost a minute to find.
+    tokenizer = load_chat_tokenizer(target_folder(config.target.path), config.data.template)
     hashes = tokenizer_hash(tokenizer), template_hash(tokenizer)
+    _check_languages(config.data)
+    aside = folder.path / ASIDE
     started = time.monotonic()
-    corpus = read_corpus(paths["data.path"], config)
-    read = time.monotonic()
-    figures = _write(config, folder.path, corpus, hashes)
-    encoded = time.monotonic()
+    with PeakMemory() as memory:
+        if not (aside / SCANNED).exists():
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+            scanned = scan(config, aside)
+            write_atomically(aside / SCANNED, json.dumps(scanned).encode())
+        scanned = json.loads((aside / SCANNED).read_text())
+        read = time.monotonic()
+        figures = _write(config, folder.path, scanned, hashes)
+    seconds = {"read_seconds": read - started, "encode_seconds": time.monotonic() - read}
     metrics = MetricLog(folder.path, config.tracking, folder.identity[:16])
     metrics.log(
-        read_seconds=read - started,
-        encode_seconds=encoded - read,
+        **seconds,
+        peak_memory_mib=memory.peak_mib,
         train_tokens=figures["train_tokens"],
         train_examples=figures["train_examples"],
     )
     metrics.close()
     report = {
-        "conversations_read": corpus.conversations_read,
-        "bad_records": corpus.bad_records,
-        "truncated": corpus.truncated,
-        "dropped": corpus.counts.all_dropped(),
-        "changed": corpus.counts.all_changed(),
-        "conversations": len(corpus.selected),
+        **scanned["report"],
         **figures,
+        **{name: round(value, 1) for name, value in seconds.items()},
+        "peak_memory_mib": memory.peak_mib,
+        "samples": scanned["samples"],
     }
-    return {"report": report, "first_bad": corpus.first_bad}
+    return {"report": report, "first_bad": scanned["first_bad"]}
 
 
-def _write(config: Config, folder: Path, corpus: Corpus, hashes: tuple[str, str]) -> dict[str, int]:
+def _check_languages(data: DataConfig) -> None:
+    asked = (*data.only_languages, *data.drop_languages)
+    if asked and (unknown := sorted(set(asked) - known_languages())):
+        raise ConfigError(
+            f"data.only_languages, data.drop_languages: unknown {', '.join(unknown)}; known are "
+            f"{', '.join(sorted(known_languages()))}"
+        )
+
+
+def _write(
+    config: Config, folder: Path, scanned: Mapping[str, Any], hashes: tuple[str, str]
+) -> dict[str, Any]:
     """Encode and write everything aside, then put it in place; returns the report's figures."""
-    aside = folder / ASIDE
-    shutil.rmtree(aside, ignore_errors=True)
-    cleaning = {"dropped": corpus.counts.all_dropped(), "changed": corpus.counts.all_changed()}
+    data, aside = config.data, folder / ASIDE
+    made = aside / "made"
+    shutil.rmtree(made, ignore_errors=True)
+    made.mkdir()
+    report = scanned["report"]
+    cleaning = {"dropped": report["dropped"], "changed": report["changed"]}
     writers = {
         split: ShardWriter(
-            aside / split,
-            ExampleMetadata(split, *hashes, config.data.max_length, cleaning),
-            config.data.shard_tokens,
+            made / split,
+            ExampleMetadata(split, *hashes, data.max_length, cleaning),
+            data.shard_tokens,
         )
         for split in SPLITS
     }
-    pool = PromptPool(config.data.prompt_tokens)
-    dropped = 0
-    target = target_location(str(config.target.path))
-    rows = encode_all(corpus.selected, target, hashes[0], config.data.max_length)
-    # The first takes as long as the workers take to start, which says nothing about the rate.
-    rows = itertools.chain([next(rows)], rows)
-    with Progress(STAGE, total=len(corpus.selected), unit="conversations") as progress:
-        for (conversation, held_out), row in zip(corpus.selected, rows, strict=True):
-            progress.advance(1, tokens=len(row["input_ids"]))
-            pool.add(conversation, held_out, row["prompt_lengths"])
-            if row["loss_mask"].any():
-                writers[SPLITS[held_out]].add(_example(conversation, row))
-            else:
-                dropped += 1
-    corpus.counts.dropped[LATE_ANSWER] += dropped
+    pool = PromptPool(aside / "candidates.jsonl", data.prompt_tokens)
+    split_up = {"conversations_split": 0, "answers_cut": 0, "parts_without_answer": 0}
+    late = 0
+    with Progress(STAGE, total=report["conversations"], unit="conversations") as progress:
+        for row in encode_all(aside / SELECTED, config, hashes[0]):
+            progress.advance(1, tokens=sum(len(ids) for ids in row["input_ids"]))
+            _offer(pool, row)
+            examples = list(_examples(row))
+            for example in examples:
+                writers[SPLITS[row["held_out"]]].add(example)
+            late += not examples and row["kind"] != "prompt"
+            split_up["conversations_split"] += len(row["input_ids"]) > 1
+            split_up["answers_cut"] += sum(row["cut"])
+            split_up["parts_without_answer"] += len(row["input_ids"]) - len(examples)
     for writer in writers.values():
         writer.flush()
-    prompts = pool.prompts()
-    write_prompts(aside / "prompts.jsonl", prompts)
-    train, held_out_writer = (writers[split] for split in SPLITS)
-    if not train.num_examples:
+    num_prompts = pool.write(made / "prompts.jsonl")
+    train, held_out = (writers[split] for split in SPLITS)
+    if not train.num_examples and not num_prompts:
         raise InputError(
-            f"data.path={config.data.path}: no training example is left; raise data.max_length="
-            f"{config.data.max_length} or data.max_conversations, or lower data.held_out"
+            f"data.path={data.path}: no training example is left; raise data.max_length="
+            f"{data.max_length} or data.max_conversations, or lower data.held_out"
         )
-    _put_in_place(aside, folder)
+    _put_in_place(made, folder)
     return {
+        "dropped": {**report["dropped"], LATE_ANSWER: late},
+        **split_up,
         "train_examples": train.num_examples,
-        "held_out_examples": held_out_writer.num_examples,
+        "held_out_examples": held_out.num_examples,
         "train_tokens": train.num_tokens,
-        "held_out_tokens": held_out_writer.num_tokens,
+        "held_out_tokens": held_out.num_tokens,
         "supervised_tokens": train.num_supervised,
-        "longest": max(train.longest, held_out_writer.longest),
-        "prompts": len(prompts),
+        "longest": max(train.longest, held_out.longest),
+        "prompts": num_prompts,
     }
 
 
-def _put_in_place(aside: Path, folder: Path) -> None:
-    for made in sorted(aside.iterdir()):
-        place = folder / made.name
+def _put_in_place(made: Path, folder: Path) -> None:
+    for one in sorted(made.iterdir()):
+        place = folder / one.name
         if place.is_dir():
             shutil.rmtree(place)
-        made.replace(place)
-    aside.rmdir()
+        one.replace(place)
 
 
-def _example(conversation: Conversation, row: Mapping[str, Any]) -> Example:
-    return Example(
-        id=conversation.id,
-        input_ids_T=row["input_ids"],
-        loss_mask_T=row["loss_mask"],
-        source=conversation.source,
-        num_turns=len(conversation.messages),
-    )
+def _offer(pool: PromptPool, row: Mapping[str, Any]) -> None:
+    if row["messages"] is None:
+        pool.saw(row["questions"])
+    elif row["questions"]:
+        conversation = Conversation(row["id"], unpack_messages(row["messages"]), row["source"])
+        prompts = zip(prompts_of(conversation), row["prompt_lengths"], strict=True)
+        pool.offer(row["questions"], prompts)
 
 
-def encode_all(
-    selected: Sequence[tuple[Conversation, bool]], target: str, tokenizer: str, max_length: int
-) -> Iterator[dict[str, Any]]:
-    """Encode with Ray Data, streaming, in the given order.
-
-    Args:
-        selected: conversations, and whether each is held out.
-        target: location of the tokenizer, the same for every node.
-        tokenizer: its hash here.
-        max_length: longest example, in tokens.
-
-    Yields:
-        input_ids int32 [T], loss_mask uint8 [T], and for held-out conversations prompt_lengths,
-        the tokens of each of their prompts.
-
-    Raises:
-        InputError: naming the first conversation that the template cannot render.
-    """
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
-    # It would warn that its progress bars are off.
-    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
-    dataset = ray.data.from_arrow(list(_blocks(selected))).map_batches(
-        encode_batch,
-        fn_args=(target, tokenizer, max_length),
-        batch_size=None,
-        batch_format="pyarrow",
-    )
-    dataset.context.execution_options.preserve_order = True
-    dataset.context.enable_progress_bars = False
-    for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
-        yield from _rows(batch)
-
-
-def _blocks(selected: Sequence[tuple[Conversation, bool]]) -> Iterator[pa.Table]:
-    for start in range(0, len(selected), CONVERSATIONS_PER_BLOCK):
-        rows = [
-            {
-                "id": conversation.id,
-                "source": conversation.source,
-                "held_out": held_out,
-                "messages": json.dumps([(m.role, m.content) for m in conversation.messages]),
-            }
-            for conversation, held_out in selected[start : start + CONVERSATIONS_PER_BLOCK]
-        ]
-        yield pa.Table.from_pylist(rows, schema=CONVERSATION_SCHEMA)
-
-
-def _rows(batch: pa.Table) -> Iterator[dict[str, Any]]:
-    for ids, mask, lengths, problem in zip(
-        *(batch[name] for name in ENCODED_SCHEMA.names), strict=True
-    ):
-        if problem.is_valid:
-            raise InputError(problem.as_py())
-        yield {
-            "input_ids": ids.values.to_numpy(),
-            "loss_mask": mask.values.to_numpy(),
-            "prompt_lengths": lengths.as_py(),
-        }
-
-
-def encode_batch(batch: pa.Table, target: str, tokenizer: str, max_length: int) -> pa.Table:
-    """Table of CONVERSATION_SCHEMA to table of ENCODED_SCHEMA, in a worker.
-
-    A task, not an actor: Ray keeps its worker processes, and with them what they have imported
-    and the tokenizer that they have loaded.
-    """
-    rows: list[dict[str, Any]] = []
-    for row in batch.to_pylist():
-        turns = tuple(Message(role, content) for role, content in json.loads(row["messages"]))
-        conversation = Conversation(row["id"], turns, row["source"])
-        try:
-            loaded = _worker_tokenizer(target, tokenizer)
-            rows.append(_encode(loaded, conversation, row["held_out"], max_length))
-        except UserError as error:
-            # As a value: Ray would wrap an exception in its own and lose which came first.
-            rows.append({"problem": f"conversation {conversation.id!r}: {error}"})
-    return pa.Table.from_pylist(rows, schema=ENCODED_SCHEMA)
-
-
-def _encode(
-    tokenizer: PreTrainedTokenizerBase, conversation: Conversation, held_out: bool, max_length: int
-) -> dict[str, Any]:
-    ids, mask = encode_conversation(tokenizer, conversation.messages, max_length)
-    prompts = prompts_of(conversation) if held_out else ()
-    lengths = [len(encode_prompt(tokenizer, prompt.messages)) for prompt in prompts]
-    return {"input_ids": ids, "loss_mask": mask, "prompt_lengths": lengths}
-
-
-@functools.lru_cache(maxsize=1)
-def _worker_tokenizer(location: str, expected: str) -> PreTrainedTokenizerBase:
-    tokenizer = _tokenizer(target_folder(location))
-    if tokenizer_hash(tokenizer) != expected:
-        raise MismatchError(
-            f"target.path={location} holds another tokenizer on {platform.node()} than where the "
-            "job started; give a folder that all nodes share"
-        )
-    return tokenizer
-
-
-def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    quiet_transformers()
-    try:
-        return load_tokenizer(folder)
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"target.path={folder}: its tokenizer cannot be loaded ({error}); give a folder with "
-            "the model's tokenizer files"
-        ) from error
+def _examples(row: Mapping[str, Any]) -> Iterator[Example]:
+    """The parts that have something to learn."""
+    parts = list(zip(row["input_ids"], row["loss_mask"], row["num_turns"], strict=True))
+    for number, (ids, mask, turns) in enumerate(parts, start=1):
+        if mask.any():
+            part_id = row["id"] if len(parts) == 1 else f"{row['id']}#{number}"
+            yield Example(part_id, ids, mask, row["source"], turns)
 
 
 def inspect_examples(config: Config, count: int) -> None:
     """`--inspect N`: print examples, the unsupervised tokens dimmed."""
-    show_examples(_written(config), _tokenizer(target_folder(config.target.path)), count)
+    tokenizer = load_chat_tokenizer(target_folder(config.target.path), config.data.template)
+    show_examples(_written(config), tokenizer, count)
 
 
 def verify_examples_written(config: Config, _: int) -> None:

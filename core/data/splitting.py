@@ -1,0 +1,132 @@
+"""Conversations to examples of at most `max_length` tokens, divided between turns.
+
+A round is a question and all that answers it. Each part of a long conversation holds as many
+whole rounds as fit, and the system message in front of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from core.data.conversations import Conversation, Message
+from core.data.template import Ids, Mask, encode_conversation, encode_prompt
+
+WHOLE = 2**31 - 1
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """One example's worth of a conversation.
+
+    Attributes:
+        input_ids_T: int32 [T].
+        loss_mask_T: uint8 [T]; all zero if the first answer starts behind max_length.
+        num_turns: messages that went into it.
+        cut: whether tokens at its end were left out.
+    """
+
+    input_ids_T: Ids
+    loss_mask_T: Mask
+    num_turns: int
+    cut: bool
+
+
+def encode_parts(
+    tokenizer: PreTrainedTokenizerBase,
+    conversation: Conversation,
+    max_length: int,
+    *,
+    split: bool = True,
+) -> list[Part]:
+    """Tokenize a conversation in the tokenizer's template, as one example or several.
+
+    Args:
+        tokenizer: with a chat template, unless the conversation is running text.
+        conversation: a chat that is cleaned, or a text.
+        max_length: tokens of the longest part.
+        split: whether what is too long is divided; else it is cut, and there is one part.
+    Raises:
+        TemplateError: as `encode_conversation`.
+    """
+    if conversation.kind == "text":
+        return _text_parts(tokenizer, conversation, max_length, split)
+    messages = conversation.messages
+    ids, mask = encode_conversation(tokenizer, messages, WHOLE)
+    if len(ids) <= max_length or not split:
+        part = Part(ids[:max_length], mask[:max_length], len(messages), len(ids) > max_length)
+        return [part]
+    head = messages[:1] if messages[0].role == "system" else ()
+    rounds = _rounds(messages[len(head) :])
+    costs = _costs(mask, rounds, len(ids))
+    extra = _head_tokens(tokenizer, head, rounds[0])
+    parts = []
+    first = 0
+    while first < len(rounds):
+        end = _as_many_as_fit(costs, first, extra if first else 0, max_length)
+        while True:
+            chosen = (*head, *(message for one in rounds[first:end] for message in one))
+            ids, mask = encode_conversation(tokenizer, chosen, WHOLE)
+            if len(ids) <= max_length or end == first + 1:
+                break
+            end -= 1
+        part = Part(ids[:max_length], mask[:max_length], len(chosen), len(ids) > max_length)
+        parts.append(part)
+        first = end
+    return parts
+
+
+def _text_parts(
+    tokenizer: PreTrainedTokenizerBase, conversation: Conversation, max_length: int, split: bool
+) -> list[Part]:
+    """Running text, all of it supervised, with the tokens that the model's own texts have."""
+    ids_list: list[int] = tokenizer(conversation.messages[0].content)["input_ids"]
+    if tokenizer.eos_token_id is not None and ids_list[-1:] != [tokenizer.eos_token_id]:
+        ids_list.append(tokenizer.eos_token_id)
+    ids = np.asarray(ids_list, dtype=np.int32)
+    starts = range(0, len(ids), max_length) if split else [0]
+    cut = not split and len(ids) > max_length
+    pieces = [ids[start : start + max_length] for start in starts]
+    return [Part(piece, np.ones(len(piece), dtype=np.uint8), 1, cut) for piece in pieces]
+
+
+def _rounds(messages: Sequence[Message]) -> list[list[Message]]:
+    rounds: list[list[Message]] = []
+    for message in messages:
+        if message.role == "user" or not rounds:
+            rounds.append([])
+        rounds[-1].append(message)
+    return rounds
+
+
+def _costs(mask: Mask, rounds: list[list[Message]], num_tokens: int) -> npt.NDArray[np.int64]:
+    """About how many tokens each round takes: up to the end of its last answer."""
+    ends = np.flatnonzero(np.diff(mask.astype(np.int8), append=np.int8(0)) < 0) + 1
+    answers = [sum(message.role == "assistant" for message in one) for one in rounds]
+    if len(ends) == sum(answers) and all(answers):
+        return np.diff(ends[np.cumsum(answers) - 1], prepend=0)
+    # Some answers are rendered as nothing, or run together: by their share of the characters.
+    characters = np.array([sum(len(m.content) + 1 for m in one) for one in rounds])
+    return np.ceil(characters * (num_tokens / characters.sum())).astype(np.int64)
+
+
+def _head_tokens(
+    tokenizer: PreTrainedTokenizerBase, head: Sequence[Message], first: Sequence[Message]
+) -> int:
+    """About how many tokens stand in front of every part's first question."""
+    prompt = len(encode_prompt(tokenizer, [*head, first[0]]))
+    own: list[int] = tokenizer(first[0].content, add_special_tokens=False)["input_ids"]
+    return max(0, prompt - len(own))
+
+
+def _as_many_as_fit(costs: npt.NDArray[np.int64], first: int, extra: int, max_length: int) -> int:
+    """The round behind the last that fits; at least one is taken."""
+    total, end = extra + int(costs[first]), first + 1
+    while end < len(costs) and total + int(costs[end]) <= max_length:
+        total += int(costs[end])
+        end += 1
+    return end
