@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -122,10 +123,6 @@ def _time_rounds(decoder: SpeculativeDecoder, sizes: Sequence[int]) -> RoundCost
     context = min(CONTEXT_TOKENS, decoder.max_context - max(sizes) - 1)
     ids_T = torch.arange(context) % target.vocab_size
     decoder.prefill(ids_T)
-    verify = {
-        size: median_seconds(lambda size=size: decoder.verify_only(_star(size)))  # type: ignore[misc]
-        for size in sizes
-    }
     cache = head.new_cache(context + decoder.config.top_k)
     hidden_H = torch.zeros(1, target.hidden_size, device=target.device, dtype=target.dtype)
     features_TLH = hidden_H.expand(context, -1)[:, None]
@@ -149,7 +146,13 @@ def _time_rounds(decoder: SpeculativeDecoder, sizes: Sequence[int]) -> RoundCost
         output = head.step(cache, nodes)
         output.logits_KW.topk(top_k)
 
-    return RoundCosts(verify, median_seconds(extend), median_seconds(expand))
+    verify = {size: partial(decoder.verify_only, _star(size)) for size in sizes}
+    seconds = median_seconds({**verify, "extend": extend, "expand": expand})
+    return RoundCosts(
+        verify={size: seconds[size] for size in sizes},
+        extend=seconds["extend"],
+        expand=seconds["expand"],
+    )
 
 
 def _star(size: int) -> DraftTree:

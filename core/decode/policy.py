@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
@@ -19,7 +20,8 @@ from core.decode.tree import PLAIN, DraftTree, TreePlan
 SIZES = (2, 3, 4, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 60)
 # A tree must promise this much, or plain decoding, which has no risk, is kept.
 WORTHWHILE = 1.02
-TIMED_RUNS = 5
+TIMED_RUNS = 7
+Name = TypeVar("Name", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -107,15 +109,22 @@ def choose(estimates: Sequence[PlanEstimate]) -> TreePlan:
     return estimates[0].plan
 
 
-def median_seconds(work: Callable[[], object], runs: int = TIMED_RUNS) -> float:
-    """Median duration of `work` after one run to warm up."""
-    _finish(work)
-    durations = []
-    for _ in range(runs):
-        started = time.perf_counter()
+def median_seconds(
+    works: Mapping[Name, Callable[[], object]], runs: int = TIMED_RUNS
+) -> dict[Name, float]:
+    """Median duration of each work after one run to warm up.
+
+    The works take turns, so that a machine that is busy for a while is so for all of them.
+    """
+    for work in works.values():
         _finish(work)
-        durations.append(time.perf_counter() - started)
-    return statistics.median(durations)
+    durations: dict[Name, list[float]] = {name: [] for name in works}
+    for _ in range(runs):
+        for name, work in works.items():
+            started = time.perf_counter()
+            _finish(work)
+            durations[name].append(time.perf_counter() - started)
+    return {name: statistics.median(found) for name, found in durations.items()}
 
 
 def _finish(work: Callable[[], object]) -> None:

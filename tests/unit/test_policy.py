@@ -103,4 +103,18 @@ def test_timing_warms_up_and_takes_the_median(monkeypatch: pytest.MonkeyPatch) -
         now[0] += next(durations)
 
     monkeypatch.setattr("core.decode.policy.time.perf_counter", lambda: now[0])
-    assert median_seconds(work, runs=5) == 3.0
+    assert median_seconds({"work": work}, runs=5) == {"work": 3.0}
+
+
+def test_works_are_timed_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that slows down in the middle does so for all of them."""
+    now, calls = [0.0], 0
+
+    def work() -> None:
+        nonlocal calls
+        calls += 1
+        now[0] += 1.0 if calls <= 6 else 10.0
+
+    monkeypatch.setattr("core.decode.policy.time.perf_counter", lambda: now[0])
+    found = median_seconds({1: work, 2: work}, runs=5)
+    assert found[1] == found[2] == 10.0
