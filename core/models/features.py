@@ -129,9 +129,13 @@ def top_log_probs(target: Target, final_TH: Tensor, count: int) -> TopLogits:
 def _batch_states(
     target: Target, examples: Sequence[Example], layers: Sequence[int]
 ) -> list[Tensor]:
-    """[B, T, H] for each layer, on the target's device."""
-    input_ids_BT, mask_BT = pad_right([example.input_ids_T for example in examples])
-    return target.layer_features(input_ids_BT, mask_BT, layers)
+    """[B, T, H] for each layer, on the target's device; what stands on padding means nothing.
+
+    There is no mask: padding is at the right, where causal attention does not look, and a dense
+    mask would make attention half as dear again.
+    """
+    input_ids_BT, _ = pad_right([example.input_ids_T for example in examples])
+    return target.layer_features(input_ids_BT, None, layers)
 
 
 def _empty_top(tokens: int, count: int) -> TopLogits | None:
