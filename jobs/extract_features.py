@@ -5,6 +5,7 @@
 
 Writes `manifest.json` and, for each example shard, `<split>/shard-NNNNN.safetensors` with a
 sidecar that marks it as finished. Killed and run again, it goes on with the shards that are left.
+`features.layers=eagle3` takes three more layers, `features.dtype=int8` half the disk.
 
     --inspect 3    print shapes and norms of three examples of each split
     --verify       check every checksum, and some examples against a fresh pass of the target

@@ -13,12 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from core.config import TargetConfig
 from core.data.batches import pad_right, plan_batches
 from core.data.examples import Example
 from core.data.feature_manifest import INT8, Manifest
 from core.data.feature_shards import ShardRecord, TopLogits, write_feature_shard
 from core.errors import ConfigError, InputError
-from core.models.target import Target
+from core.models.attention import use_block_attention
+from core.models.target import Target, load_target
 
 # Logits of a vocabulary are many: so many are held at a time, 64 MB of float32.
 LOGITS_AT_ONCE = 2**24
@@ -45,6 +47,13 @@ def feature_layers(
             "the final feature"
         )
     return (*sorted(set(ids) - {num_layers}), num_layers)
+
+
+def load_for_extraction(config: TargetConfig, num_threads: int) -> Target:
+    """A target that reads whole sequences, on so many threads, as fast as it can here."""
+    target = load_target(config, num_threads=num_threads)
+    use_block_attention(target.model)
+    return target
 
 
 def extract_shard(
@@ -129,9 +138,13 @@ def top_log_probs(target: Target, final_TH: Tensor, count: int) -> TopLogits:
 def _batch_states(
     target: Target, examples: Sequence[Example], layers: Sequence[int]
 ) -> list[Tensor]:
-    """[B, T, H] for each layer, on the target's device."""
-    input_ids_BT, mask_BT = pad_right([example.input_ids_T for example in examples])
-    return target.layer_features(input_ids_BT, mask_BT, layers)
+    """[B, T, H] for each layer, on the target's device; what stands on padding means nothing.
+
+    There is no mask: padding is at the right, where causal attention does not look, and a dense
+    mask would make attention half as dear again.
+    """
+    input_ids_BT, _ = pad_right([example.input_ids_T for example in examples])
+    return target.layer_features(input_ids_BT, None, layers)
 
 
 def _empty_top(tokens: int, count: int) -> TopLogits | None:

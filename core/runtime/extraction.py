@@ -26,10 +26,9 @@ from core.data.feature_manifest import Manifest
 from core.data.feature_shards import ShardRecord, finished_record, remove_leftovers
 from core.data.template import tokenizer_hash
 from core.errors import AerieError, InputError, MismatchError, StageError
-from core.models.features import extract_shard, feature_layers
+from core.models.features import extract_shard, feature_layers, load_for_extraction
 from core.models.target import (
     Target,
-    load_target,
     load_tokenizer,
     target_fingerprint,
     target_folder,
@@ -189,7 +188,7 @@ class _Replica:
     def target(self) -> Target:
         """Loaded at the first shard, where a user's error can be reported like any other."""
         threads = max(1, int(self.settings.features.cpus_per_replica))
-        target = load_target(self.settings.target, num_threads=threads)
+        target = load_for_extraction(self.settings.target, num_threads=threads)
         if target.fingerprint != self.settings.manifest.target:
             raise MismatchError(
                 f"target.path={self.settings.target.path} is another model on this node "

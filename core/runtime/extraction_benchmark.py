@@ -23,7 +23,7 @@ from core.data.feature_manifest import Manifest
 from core.data.feature_shards import FeatureDataset
 from core.errors import InputError
 from core.evaluate.comparison import Ratio, Way, compare, print_comparison, summarize_comparison
-from core.models.features import extract_shard
+from core.models.features import extract_shard, load_for_extraction
 from core.models.target import Target, load_target
 from core.progress import say
 from core.provenance import RunFolder
@@ -45,9 +45,9 @@ RATIOS = (
 )
 # Each replica's first shard is its warm-up, and at the end replicas wait for the last one.
 LEFT_OUT = (
-    "of the Ray pipeline: starting the replicas, each one's first shard, and the end, when the "
-    "first replica has nothing left to do (start_up_seconds, whole_seconds); of the others: "
-    "loading, and one pass to warm up"
+    "of the Ray pipeline: starting the replicas, each one's first shard (one more, to warm up), "
+    "and the end, when the first replica has nothing left to do (start_up_seconds, "
+    "whole_seconds); of the others: loading, and one pass to warm up"
 )
 LEAST_SHARDS_A_REPLICA = 4
 
@@ -165,7 +165,7 @@ class _Bench:
     @cached_property
     def target(self) -> Target:
         """As Aerie's replicas load it."""
-        return self._warm(load_target(self.config.target, num_threads=self.threads))
+        return self._warm(load_for_extraction(self.config.target, self.threads))
 
     def reference(self, _: int) -> dict[str, float]:
         """As EAGLE's `ge_data` does: the whole model, batch 1, one file a sample."""
@@ -208,8 +208,13 @@ class _Bench:
         """The job's own pool; seconds are those of all tokens at the steady rate."""
         self._fresh()
         replicas = self.config.features.num_replicas
+        # So that what is timed is the same shards as those of the other ways.
+        warm_up = [
+            {**self.tasks[0], "shard": str(self.work / "warm_up" / f"{number}.safetensors")}
+            for number in range(replicas)
+        ]
         started = time.time()
-        rows = list(run_pool(self.tasks, replicas, self.config, self.manifest))
+        rows = list(run_pool([*warm_up, *self.tasks], replicas, self.config, self.manifest))
         whole = time.time() - started
         tokens, seconds = steady_state(rows)
         written = sum(Path(task["shard"]).stat().st_size for task in self.tasks)
@@ -247,11 +252,11 @@ class _Bench:
         started = time.perf_counter()
         with torch.inference_mode():
             for number, example in enumerate(self._examples()):
-                ids_T = torch.from_numpy(example.input_ids_T).long()
+                ids_T = torch.tensor(example.input_ids_T.tolist())
                 sample = {
                     "input_ids": ids_T,
                     "hidden_state": final(ids_T[None].to(self.plain.device))[0].cpu().clone(),
-                    "loss_mask": torch.from_numpy(example.loss_mask_T).long(),
+                    "loss_mask": torch.tensor(example.loss_mask_T.tolist()),
                 }
                 torch.save(sample, folder / f"data_{number}.ckpt")
         seconds = time.perf_counter() - started
@@ -269,7 +274,7 @@ class _Bench:
     def _warm(self, target: Target) -> Target:
         # A process's first passes take several times as long.
         example = next(self._examples())
-        target.features(torch.from_numpy(example.input_ids_T).long()[None])
+        target.features(torch.tensor([example.input_ids_T.tolist()]))
         return target
 
     def _fresh(self) -> Path:

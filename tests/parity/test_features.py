@@ -23,7 +23,8 @@ from core.data.examples import Example
 from core.data.feature_manifest import Manifest
 from core.data.feature_shards import FeatureDataset, FeatureExample
 from core.errors import ConfigError, InputError
-from core.models.features import extract_shard, feature_layers
+from core.models import attention
+from core.models.features import extract_shard, feature_layers, load_for_extraction
 from core.models.target import Target, load_target
 from core.models.tiny import byte_tokenizer
 from core.runtime.feature_checks import relative_errors, tolerance
@@ -159,6 +160,49 @@ def test_layers_of_other_architectures(config, examples: list[Example], tmp_path
     every = tuple(range(LAYERS + 1))
     for layer, found in zip(every, target.layer_features(ids_1T, None, every), strict=True):
         torch.testing.assert_close(found, output.hidden_states[layer], rtol=0, atol=1e-5)
+
+
+def test_long_sequences_attend_in_blocks(folder: Path, tmp_path: Path) -> None:
+    """Three examples in one batch, none a multiple of a block, in bfloat16 against float32."""
+    generator = np.random.default_rng(1)
+    examples = [
+        Example(str(n), generator.integers(3, 250, n, dtype=np.int32), np.ones(n, np.uint8), "", 2)
+        for n in (300, 301, 257)
+    ]
+    target = load_for_extraction(TargetConfig(path=str(folder), dtype="bfloat16"), 1)
+    assert target.model.config._attn_implementation == attention.NAME
+    dataset = _extract(target, examples, tmp_path, layers=EAGLE3, dtype="bfloat16", budget=1024)
+    allowed = tolerance(torch.bfloat16, torch.bfloat16, LAYERS, 96)
+    for index, example in enumerate(examples):
+        wanted = _stacked(_plain(folder, example, torch.float32), EAGLE3)
+        assert relative_errors(dataset[index].features, wanted).mean(0).max() <= allowed
+
+
+@pytest.mark.parametrize("tokens", [256, 300, 513])
+@pytest.mark.parametrize("keys", [1, 3, 6])
+def test_block_attention_is_attention(tokens: int, keys: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(2, 6, tokens, 16, generator=generator).bfloat16()
+    key, value = torch.randn(2, 2, keys, tokens, 16, generator=generator).bfloat16()
+    found, _ = attention.block_attention(torch.nn.Module(), query, key, value, None, scaling=0.25)
+    wanted = torch.nn.functional.scaled_dot_product_attention(
+        query.float(), key.float(), value.float(), is_causal=True, enable_gqa=True
+    ).transpose(1, 2)
+    assert found.dtype == torch.bfloat16
+    # Scores and weights are rounded to bfloat16, 2⁻⁹ each, and sums of weights are near 1.
+    torch.testing.assert_close(found.float(), wanted, rtol=2**-6, atol=2**-6)
+
+
+def test_a_mask_is_obeyed(folder: Path) -> None:
+    """What is not plain causal attention is left to torch's kernel."""
+    ids_BT = torch.randint(3, 250, (2, 300), generator=torch.Generator().manual_seed(0))
+    mask_BT = torch.ones(2, 300, dtype=torch.int64)
+    mask_BT[1, :40] = 0
+    config = TargetConfig(path=str(folder), dtype="bfloat16")
+    found = load_for_extraction(config, 1).features(ids_BT, mask_BT)
+    wanted = load_target(config, 1).features(ids_BT, mask_BT)
+    is_token = mask_BT.bool()
+    torch.testing.assert_close(found[is_token], wanted[is_token])
 
 
 def test_likeliest_tokens(folder: Path, examples: list[Example], tmp_path: Path) -> None:
