@@ -60,7 +60,7 @@ def compare(ways: Sequence[Way], repeats: int, stage: str) -> dict[str, list[Fig
         for way in [*ways[first:], *ways[:first]]:
             figures = way.run(repeat)
             found[way.name].append(figures)
-            shown = ", ".join(f"{name} {value:,.4g}" for name, value in figures.items())
+            shown = ", ".join(f"{name} {_number(value)}" for name, value in figures.items())
             say(stage, f"repeat {repeat + 1} of {repeats}, {way.name}: {shown}")
     return found
 
@@ -92,14 +92,15 @@ def summarize_comparison(
 
 
 def print_comparison(summary: Mapping[str, Any], title: str) -> None:
-    """The ways and their ratios as tables: median (least to largest)."""
+    """The ways' medians, and their ratios with least and largest, as tables."""
     table = Table(title=title)
     table.add_column("way")
     names = list(dict.fromkeys(name for way in summary["ways"].values() for name in way))
     for name in names:
         table.add_column(name.replace("_", " "), justify="right")
     for way, figures in summary["ways"].items():
-        table.add_row(way, *(_shown(figures.get(name)) for name in names))
+        middle = [figures[name]["median"] if name in figures else None for name in names]
+        table.add_row(way, *("–" if value is None else _number(value) for value in middle))
     compared = Table()
     for column in ("ratio", "median (min to max)", "wanted", ""):
         compared.add_column(column)
@@ -113,7 +114,9 @@ def print_comparison(summary: Mapping[str, Any], title: str) -> None:
     console.print(compared)
 
 
-def _shown(values: Mapping[str, float] | None) -> str:
-    if values is None:
-        return "–"
-    return f"{values['median']:,.4g} ({values['min']:,.4g} to {values['max']:,.4g})"
+def _shown(values: Mapping[str, float]) -> str:
+    return f"{values['median']:.2f} ({values['min']:.2f} to {values['max']:.2f})"
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"

@@ -109,7 +109,9 @@ def extract_features(config: Config, folder: RunFolder) -> Mapping[str, Any]:
             for row in run_pool(tasks, replicas, config, manifest):
                 results.add(row)
                 progress.advance(1, tokens=row["tokens"])
-    remove_leftovers(output, older_than=started)
+    # This run's own killed replicas leave some too; a stray one of an earlier run, which is about
+    # to be killed, loses nothing that counts.
+    remove_leftovers(output, older_than=time.time())
     records = _records(output, manifest)
     tokens = {split: sum(r.tokens for r in found) for split, found in records.items()}
     padded = sum(r.padded_tokens for found in records.values() for r in found)

@@ -34,6 +34,7 @@ from core.runtime.extraction import (
     run_pool,
     shard_tasks,
 )
+from core.runtime.feature_checks import relative_errors
 
 STAGE = "benchmark"
 REFERENCE, REFERENCE_BODY = "reference", "reference_without_logits"
@@ -243,7 +244,7 @@ class _Bench:
             if exact is None:
                 exact = stored
             size = record.bytes / record.tokens
-            error = ((stored - exact).norm(dim=-1) / exact.norm(dim=-1)).mean().item()
+            error = relative_errors(stored, exact).mean().item()
             found[dtype] = {"bytes_per_token": size, "of_float16": size / float16, "error": error}
         return found
 

@@ -101,9 +101,13 @@ def tolerance(
 
 
 def relative_errors(stored_TLH: Tensor, fresh_TLH: Tensor) -> Tensor:
-    """The length of the difference over that of the fresh vector: float [T, L]."""
+    """The length of the difference over that of the fresh vector: float [T, L].
+
+    A padding token's embedding is zero in some models, and zero is as it should be then.
+    """
     fresh = fresh_TLH.float()
-    errors_TL: Tensor = (stored_TLH.float() - fresh).norm(dim=-1) / fresh.norm(dim=-1)
+    lengths_TL = fresh.norm(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
+    errors_TL: Tensor = (stored_TLH.float() - fresh).norm(dim=-1) / lengths_TL
     return errors_TL
 
 

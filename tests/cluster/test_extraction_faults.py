@@ -32,7 +32,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
 ROOT = Path(__file__).parents[2]
 BATCH_TOKENS = 512
-SHARDS, EXAMPLES = 60, 200
+SHARDS, EXAMPLES = 40, 120
 # One of each after another: a shard in flight at two kills in a row is still within what a run
 # takes for bad luck, and a new driver begins counting anew.
 VICTIMS = ("replica", "raylet", "driver", "replica", "raylet")

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from core.config import TargetConfig
 from core.data.examples import Example
@@ -11,6 +12,12 @@ from core.models.features import batch_features
 from core.models.target import load_target
 from core.models.tiny import save_tiny_target
 from core.runtime.feature_checks import relative_errors, tolerance
+
+
+def test_a_vector_of_zeros_has_no_error_unless_it_should_be_another() -> None:
+    zeros, ones = torch.zeros(2, 1, 4), torch.ones(2, 1, 4)
+    assert relative_errors(zeros, zeros).tolist() == [[0.0], [0.0]]
+    assert relative_errors(ones, zeros).min() > 1
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
