@@ -61,6 +61,20 @@ class FeaturesConfig(Section):
     """Target features that the draft head learns from."""
 
     path: str | None = setting(None, "folder that extract_features wrote")
+    mode: Literal["shards", "stream"] = setting(
+        "shards",
+        "where train_draft takes features from: shards reads features.path; stream has "
+        "replicas of the target compute them from data.examples meanwhile",
+    )
+    stream_ahead: int = setting(
+        4, "stream: passes that are asked for ahead of their use, by each training worker", ge=1
+    )
+    keep_held_out_mb: int = setting(
+        1024,
+        "stream: held-out features that each worker keeps between evaluations, MB; the rest is "
+        "computed again each time",
+        ge=0,
+    )
     dtype: Literal["bfloat16", "float32"] = field("bfloat16", "dtype of the stored features")
     batch_tokens: int = field(4096, "tokens a target pass, padding included", ge=16)
     num_replicas: int = setting(

@@ -76,6 +76,11 @@ def data_input(config: Config) -> dict[str, Path]:
     if not config.data.path:
         raise ConfigError("data.path is not set; give a JSON or JSONL file of conversations")
     check_tree_sizes(config)
+    if config.features.mode == "stream":
+        raise ConfigError(
+            "features.mode=stream: the main job keeps its features in shards; leave it out, or "
+            "run prepare_data and then train_draft with it"
+        )
     made_here = {
         "target.path": config.target.path,
         "data.examples": config.data.examples,
