@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
@@ -17,11 +18,21 @@ import ray
 import torch
 
 from core.config import Config
-from core.data.examples import Example, ExampleMetadata, shard_name, write_examples
+from core.data.examples import (
+    SPLITS,
+    Example,
+    ExampleMetadata,
+    example_shards,
+    read_examples,
+    shard_name,
+    write_examples,
+)
 from core.data.feature_shards import FeatureDataset
 from core.data.template import template_hash, tokenizer_hash
 from core.draft.folder import load_head
 from core.errors import InputError, ResourceError
+from core.models.features import extract_shard
+from core.models.target import load_target
 from core.models.tiny import byte_tokenizer, save_tiny_target
 from core.runtime.extraction import plan_manifest
 from core.runtime.job import run_stage
@@ -29,7 +40,7 @@ from core.runtime.streaming import feature_stream, received
 from core.tracking import read_metrics
 from core.train.batches import BatchMaker
 from core.train.task import DraftTask, open_shards, prepare
-from jobs import extract_features, train_draft
+from jobs import train_draft
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
@@ -89,8 +100,17 @@ def _write_split(folder: Path, split: str, shards: int) -> None:
 
 @pytest.fixture(scope="module")
 def features(config: Config) -> Path:
-    folder = Path(str(config.features.path))
-    run_stage(extract_features.JOB, config.replace(output=str(folder)))
+    """The same features in shards, by the loop that a replica of extract_features runs."""
+    folder, examples = Path(str(config.features.path)), Path(str(config.data.examples))
+    manifest = plan_manifest(config, examples, Path(str(config.target.path)))
+    target = load_target(config.target, num_threads=1)
+    for split in SPLITS:
+        for source in example_shards(examples, split):
+            shard = folder / split / f"{source.stem}.safetensors"
+            extract_shard(
+                target, read_examples(source), shard, manifest, config.features.batch_tokens
+            )
+    manifest.write(folder)
     return folder
 
 
@@ -108,8 +128,21 @@ def _last_step(folder: Path) -> int:
 
 
 def _processes(name: str) -> list[psutil.Process]:
-    children = psutil.Process().children(recursive=True)
-    return [process for process in children if name in " ".join(process.cmdline())]
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        # It may end while it is looked at.
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if name in " ".join(process.cmdline()):
+                found.append(process)
+    return found
+
+
+def _end(name: str) -> None:
+    """Wait until there is no such process."""
+    deadline = time.monotonic() + 30
+    while _processes(name):
+        assert time.monotonic() < deadline, f"{name} outlives the run"
+        time.sleep(0.1)
 
 
 class _Killer(threading.Thread):
@@ -126,7 +159,7 @@ class _Killer(threading.Thread):
         for step, name in self.plan:
             while _last_step(self.folder) < step and time.monotonic() < deadline:
                 time.sleep(0.02)
-            os.kill(_processes(name)[0].pid, signal.SIGKILL)
+            os.kill(min(process.pid for process in _processes(name)), signal.SIGKILL)
             self.killed.append(name)
 
 
@@ -140,8 +173,9 @@ def test_streamed_training_is_that_from_shards_whatever_is_killed(
     report = dict(run_stage(train_draft.JOB, _streamed(config).replace(output=str(streamed))))
     killer.join(timeout=10)
     assert killer.killed == ["FeatureReplica", "RayTrainWorker"]
-    assert not _processes("FeatureReplica"), "replicas outlive the run"
-    assert not list(streamed.rglob("*.safetensors.tmp"))
+    _end("FeatureReplica")
+    heads_alone = {path.parent.name for path in streamed.rglob("*.safetensors")}
+    assert heads_alone == {"head"}, "features on disk"
 
     curves = [
         [{k: v for k, v in r.items() if k not in ("time", "tokens_per_second")} for r in records]
@@ -221,7 +255,7 @@ def test_a_target_that_cannot_be_loaded_is_the_users_error(config: Config, tmp_p
     with pytest.raises(InputError, match=r"no config\.json in that folder"):
         with feature_stream(task):
             pass
-    assert not _processes("FeatureReplica")
+    _end("FeatureReplica")
 
 
 def test_too_little_room_is_said_before_anything_starts(config: Config, tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ CONFIG = {
     "DraftConfig",
     "EvalConfig",
     "FeaturesConfig",
+    "GenerateConfig",
     "Section",
     "ServeConfig",
     "TargetConfig",
