@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import takewhile
 
 from core.config import GenerateConfig
@@ -18,7 +18,8 @@ from core.models.target import Target
 
 # Why a conversation ends before a turn: the answer was cut, was empty, or would not fit.
 CUT, EMPTY, NO_ROOM = "cut", "empty", "no_room"
-ANSWERS = "answers"
+# What was generated, and what of it was kept.
+GENERATED, ANSWERS = "generated", "answers"
 
 
 class _Dialogue:
@@ -56,7 +57,7 @@ class Answerer:
     """Answers conversations with one target.
 
     Attributes:
-        counts: answers, and turns that were left out, by reason.
+        counts: answers, and why others were left out.
     """
 
     def __init__(self, target: Target, config: GenerateConfig, context: int) -> None:
@@ -111,6 +112,7 @@ class Answerer:
         return Request(number, ids, most, seed)
 
     def _content(self, answer: Answer) -> str | None:
+        self.counts[GENERATED] += 1
         if answer.cut:
             self.counts[CUT] += 1
             if not self.config.keep_cut:
@@ -125,9 +127,11 @@ class Answerer:
 
 def make_up_prompts(
     target: Target, config: GenerateConfig, numbers: Sequence[int]
-) -> Iterator[tuple[str, bool]]:
-    """What users might ask, as the target has it: text, and whether it was cut, by number.
+) -> tuple[list[tuple[str, bool]], int]:
+    """What users might ask, as the target has it.
 
+    Returns:
+        for each number, text and whether it was cut; and the tokens generated in all.
     Raises:
         ConfigError: prompts of the length asked for do not fit the target.
         TemplateError: see `core.data.synthesis.user_turn`.
@@ -159,11 +163,14 @@ def make_up_prompts(
         keep,
         longest,
     )
-    for number in numbers:
-        answer = found[number]
-        # Special tokens stay to be seen: a user does not type them.
-        text = target.tokenizer.decode(list(answer.token_ids), skip_special_tokens=False)
-        yield str(text), answer.cut
+    answers = [found[number] for number in numbers]
+    # Special tokens stay to be seen: a user does not type them.
+    texts = [
+        str(target.tokenizer.decode(list(answer.token_ids), skip_special_tokens=False))
+        for answer in answers
+    ]
+    cut = [answer.cut for answer in answers]
+    return list(zip(texts, cut, strict=True)), generator.counts.new_tokens
 
 
 def decode(target: Target, answer: Answer) -> str:

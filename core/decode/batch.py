@@ -61,11 +61,21 @@ class Answer:
 
 @dataclass
 class BatchCounts:
-    """What a generation computed: prompt tokens with their padding, and rows of decoding."""
+    """What a generation computed.
+
+    Attributes:
+        prompt_tokens: read.
+        padded_prompt_tokens: the same with padding.
+        new_tokens: generated, end tokens included.
+        decoded_tokens: those of them that a decoding pass gave; each prompt's first is not.
+        decoded_rows: rows of all decoding passes, idle ones included.
+        passes: of the target.
+    """
 
     prompt_tokens: int = 0
     padded_prompt_tokens: int = 0
     new_tokens: int = 0
+    decoded_tokens: int = 0
     decoded_rows: int = 0
     passes: int = 0
 
@@ -223,6 +233,7 @@ class _Rows:
         )[:, 0]
         busy = [number for number, row in enumerate(self.rows) if row is not None]
         self.generator.counts.decoded_rows += len(self.rows)
+        self.generator.counts.decoded_tokens += len(busy)
         self._take(busy, hidden_BH[busy])
 
     def _take(self, numbers: Sequence[int], hidden_BH: Tensor) -> None:
