@@ -54,10 +54,10 @@ from core.models.target import (
     target_folder,
     target_location,
 )
-from core.paths import resolve_path
 from core.progress import Progress, say
 from core.provenance import RunFolder
 from core.runtime.pool import PoolSize, attempts_file, count_attempt, replicas_that_fit, run_pool
+from core.runtime.preparation import preparation_inputs
 from core.runtime.resources import Resources
 
 STAGE = "regenerate_responses"
@@ -74,7 +74,6 @@ def generation_inputs(config: Config) -> dict[str, Path]:
         UserError: one of them is not set or does not exist, or lengths that exclude each other.
     """
     generate, data = config.generate, config.data
-    target = {"target.path": target_folder(config.target.path)}
     if generate.max_new_tokens >= data.max_length:
         raise ConfigError(
             f"generate.max_new_tokens={generate.max_new_tokens} leaves no room for a prompt in "
@@ -86,16 +85,13 @@ def generation_inputs(config: Config) -> dict[str, Path]:
                 f"data.path={data.path} and generate.synthesize={generate.synthesize}: prompts "
                 "come from conversations or are made up; leave one of them out"
             )
-        return target
+        return {"target.path": target_folder(config.target.path)}
     if data.path is None:
         raise ConfigError(
             "data.path is not set; give a JSON or JSONL file of conversations, or have the target "
             "make up prompts with generate.synthesize=1000"
         )
-    path = resolve_path(data.path, field="data.path")
-    if not path.is_file():
-        raise InputError(f"data.path={data.path}: a folder; give one JSON or JSONL file")
-    return {"data.path": path, **target}
+    return preparation_inputs(config)
 
 
 def generation_resources(config: Config) -> Resources:
@@ -122,7 +118,7 @@ def regenerate_responses(config: Config, folder: RunFolder) -> Mapping[str, Any]
     if config.generate.synthesize:
         conversations, figures["synthesis"] = _synthesize(config, output, pool)
     else:
-        conversations = [c for c, _ in read_corpus(paths["data.path"], config).selected]
+        conversations = _cleaned(paths["data.path"], config)
     tasks = [
         {
             "shard": str(output / ANSWERED / f"shard-{number:05d}.jsonl"),
@@ -149,6 +145,11 @@ def regenerate_responses(config: Config, folder: RunFolder) -> Mapping[str, Any]
         "nodes": len(pool.nodes),
         "seconds": time.time() - started,
     }
+
+
+def _cleaned(path: Path, config: Config) -> list[Conversation]:
+    """The conversations that prepare_data would take, each with an id of its own, in its order."""
+    return [conversation for conversation, _ in read_corpus(path, config).selected]
 
 
 def _parts(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:

@@ -29,7 +29,7 @@ from core.data.batches import plan_batches
 from core.data.example_dataset import ExampleDataset
 from core.data.examples import Example
 from core.data.feature_shards import FeatureExample, Manifest
-from core.errors import AerieError, MismatchError, ResourceError, StageError
+from core.errors import AerieError, ConfigError, MismatchError, ResourceError, StageError
 from core.models.features import batch_features
 from core.models.target import Target, load_target
 from core.progress import say
@@ -43,6 +43,7 @@ STAGE = "train_draft"
 MAX_ATTEMPTS = 4
 # Above this share Ray begins to move objects to disk.
 OBJECT_STORE_SHARE = 0.8
+WIRE_DTYPES = ("bfloat16", "float32")
 
 Ids = npt.NDArray[np.int32]
 
@@ -122,7 +123,7 @@ def compute_features(
     lengths = np.array([len(sequence) for sequence in sequences], dtype=np.int64)
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     shape = (int(offsets[-1]), len(manifest.feature_layers), manifest.hidden_size)
-    found_TLH = torch.empty(shape, dtype=getattr(torch, manifest.dtype))
+    found_TLH = torch.empty(shape, dtype=wire_dtype(manifest))
     nothing = np.zeros(0, dtype=np.uint8)
     examples = [Example("", ids, nothing, "", 0) for ids in sequences]
     for batch in plan_batches(lengths, config.batch_tokens).batches:
@@ -131,6 +132,21 @@ def compute_features(
             begin, end = offsets[index], offsets[index + 1]
             found_TLH[begin:end, 0] = batch_BTH[row, : lengths[index]].to(found_TLH.dtype)
     return found_TLH
+
+
+def wire_dtype(manifest: Manifest) -> torch.dtype:
+    """In which features are sent.
+
+    Raises:
+        ConfigError: one that features are only stored in.
+    """
+    if manifest.dtype not in WIRE_DTYPES:
+        raise ConfigError(
+            f"features.dtype={manifest.dtype} is for features in shards; a stream sends "
+            f"{' or '.join(WIRE_DTYPES)}: set features.dtype to one of them"
+        )
+    dtype: torch.dtype = getattr(torch, manifest.dtype)
+    return dtype
 
 
 def _to_wire(features_TLH: Tensor) -> npt.NDArray[Any]:
@@ -315,7 +331,7 @@ def in_flight_bytes(task: DraftTask) -> int:
     per_token = (
         len(task.manifest.feature_layers)
         * task.manifest.hidden_size
-        * getattr(torch, task.manifest.dtype).itemsize
+        * wire_dtype(task.manifest).itemsize
     )
     splits = [task.training] if task.held_out is None else [task.training, task.held_out]
     passes = train.num_workers * (task.config.features.stream_ahead + 1)
