@@ -125,7 +125,7 @@ class TrainingOrder:
         """
         if not len(selection):
             raise InputError(
-                f"features.path: none of the {selection.left_out} training examples has a "
+                f"none of the {selection.left_out} training examples has a "
                 f"supervised token within train.max_length={config.max_length}; raise it, or "
                 "prepare the data anew with answers that begin earlier"
             )

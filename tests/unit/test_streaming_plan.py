@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from core.config import Config
+from core.config import Config, FeaturesConfig
 from core.data.example_dataset import ExampleDataset
 from core.data.examples import Example, ExampleMetadata, shard_name, write_examples
+from core.data.feature_shards import Manifest
 from core.errors import ConfigError
+from core.models.target import Target
 from core.runtime import training
 from core.runtime.resources import _fits
+from core.runtime.streaming import _from_wire, _to_wire, compute_features
 from core.train.order import Selection, TrainingOrder
 from core.train.prefetch import Prefetch
 
@@ -118,6 +123,33 @@ def test_replicas_and_workers_must_fit_at_the_same_time(
     nodes: list[tuple[float, float]], fits: bool
 ) -> None:
     assert _fits([(2, 1)] * 4, nodes) is fits
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_features_survive_being_sent(dtype: torch.dtype) -> None:
+    features = torch.randn(5, 1, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
+    sent = _to_wire(features)
+    sent.flags.writeable = False  # as Ray hands it out
+    received = _from_wire(sent)
+    assert received.dtype == dtype and torch.equal(received, features)
+    received += 1
+
+
+def test_what_is_computed_for_a_pass_is_each_sequences_own(tiny_target: Target) -> None:
+    """Of mixed lengths, in target passes of few tokens, in the order in which they were asked."""
+    generator = np.random.default_rng(0)
+    sequences = [generator.integers(3, 250, n, dtype=np.int32) for n in (31, 4, 17, 30, 5)]
+    manifest = Manifest(
+        target="", feature_layers=(2,), final_norm=True, dtype="float32", hidden_size=32,
+        vocab_size=259, max_length=40, tokenizer_hash="", template_hash="", shards={},
+    )  # fmt: skip
+    found = compute_features(tiny_target, sequences, manifest, FeaturesConfig(batch_tokens=64))
+    for ids, part in zip(sequences, found.split([len(ids) for ids in sequences]), strict=True):
+        alone = tiny_target.features(torch.from_numpy(ids.astype(np.int64))[None])[0]
+        torch.testing.assert_close(part[:, 0], alone, rtol=1e-4, atol=1e-5)
+    stored_only = dataclasses.replace(manifest, dtype="int8")
+    with pytest.raises(ConfigError, match=r"set features\.dtype to one of them"):
+        compute_features(tiny_target, sequences, stored_only, FeaturesConfig())
 
 
 def test_streaming_takes_examples_and_counts_what_makes_features(tmp_path: Path) -> None:
