@@ -30,15 +30,16 @@ from core.data.examples import (
 from core.data.feature_shards import FeatureDataset
 from core.data.template import template_hash, tokenizer_hash
 from core.draft.folder import load_head
-from core.errors import InputError, ResourceError
+from core.errors import InputError, ResourceError, StageError
 from core.models.features import extract_shard
 from core.models.target import load_target
 from core.models.tiny import byte_tokenizer, save_tiny_target
 from core.runtime.extraction import plan_manifest
 from core.runtime.job import run_stage
-from core.runtime.streaming import feature_stream, received
+from core.runtime.streaming import FeatureStream, feature_stream, received
 from core.tracking import read_metrics
 from core.train.batches import BatchMaker
+from core.train.order import FeatureSource, Selection
 from core.train.task import DraftTask, open_shards, prepare
 from jobs import train_draft
 
@@ -194,59 +195,6 @@ def test_streamed_training_is_that_from_shards_whatever_is_killed(
         torch.testing.assert_close(heads[1].state_dict()[name], wanted, rtol=1e-2, atol=1e-3)
 
 
-def test_the_stream_gives_what_the_shards_hold_and_no_more_than_is_asked_for(
-    config: Config, features: Path
-) -> None:
-    ahead = 2
-    task = _streamed_task(_streamed(config, stream_ahead=ahead, num_replicas=2))
-    stored = FeatureDataset(features, "train")
-    with feature_stream(task) as stream:
-        source = stream.open(task, "train", rank=0)
-        maker = BatchMaker(source, task.training, torch.float32, torch.device("cpu"))
-        passes = list(task.order.passes(3, rank=0, world_size=2, micro_batch_size=3))
-        maker.announce(passes)
-        for taken, rows in enumerate(passes[:6], start=1):
-            batch = maker.batch(rows)
-            reference = BatchMaker(stored, task.training, torch.float32, torch.device("cpu"))
-            wanted = reference.batch(rows)
-            assert torch.equal(batch.input_ids_BT, wanted.input_ids_BT)
-            assert torch.equal(batch.loss_mask_BT, wanted.loss_mask_BT)
-            torch.testing.assert_close(
-                batch.features_BTLH, wanted.features_BTLH, **FEATURE_TOLERANCE
-            )
-            # Answered behind all that was asked for, so that it counts all of it.
-            served = sum(received(replica.served.remote()) for replica in stream.replicas)
-            assert served == taken + ahead, "back-pressure: results nobody asked for"
-
-
-def test_kept_held_out_features_are_not_computed_again(config: Config) -> None:
-    task = _streamed_task(_streamed(config, num_replicas=1))
-    assert task.held_out is not None
-    rows = [np.arange(0, 7), np.arange(7, 14)]
-    with feature_stream(task) as stream:
-        (replica,) = stream.replicas
-        source = stream.open(task, "held_out", rank=0)
-        source._keep_bytes = 30_000  # the first pass fits, the second does not
-        maker = BatchMaker(source, task.held_out, torch.float32, torch.device("cpu"))
-        seen = []
-        for _ in range(3):
-            maker.announce(rows)
-            seen.append([maker.batch(r).features_BTLH for r in rows])
-        assert received(replica.served.remote()) == 1 + 3
-    for again in seen[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(again, seen[0], strict=True))
-
-
-def test_a_replicas_error_is_one_message_and_is_remembered(config: Config) -> None:
-    task = _streamed_task(_streamed(config, num_replicas=1))
-    with feature_stream(task) as stream:
-        assert stream.failure() is None
-        (replica,) = stream.replicas
-        with pytest.raises(Exception, match=r"^a target replica failed: IndexError: [^\n]*$"):
-            received(replica.features.remote([np.full(9, 10**6, dtype=np.int32)]))
-        assert "IndexError" in str(stream.failure())
-
-
 def test_a_target_that_cannot_be_loaded_is_the_users_error(config: Config, tmp_path: Path) -> None:
     save_tiny_target(tmp_path / "target")
     config = _streamed(config, num_replicas=1).replace(target={"path": str(tmp_path / "target")})
@@ -256,6 +204,73 @@ def test_a_target_that_cannot_be_loaded_is_the_users_error(config: Config, tmp_p
         with feature_stream(task):
             pass
     _end("FeatureReplica")
+
+
+AHEAD = 2
+
+
+@pytest.fixture(scope="module")
+def running(config: Config) -> Iterator[tuple[DraftTask, FeatureStream]]:
+    """A stream of two replicas, as training workers get it."""
+    task = _streamed_task(_streamed(config, stream_ahead=AHEAD, num_replicas=2))
+    with feature_stream(task) as stream:
+        yield task, stream
+
+
+def _served(stream: FeatureStream) -> int:
+    # A replica answers in order: the count covers all that this process has asked for.
+    return sum(received(replica.served.remote()) for replica in stream.replicas)
+
+
+def _maker(source: FeatureSource, selection: Selection) -> BatchMaker:
+    return BatchMaker(source, selection, torch.float32, torch.device("cpu"))
+
+
+def test_the_stream_gives_what_the_shards_hold_and_no_more_than_is_asked_for(
+    running: tuple[DraftTask, FeatureStream], features: Path
+) -> None:
+    task, stream = running
+    before = _served(stream)
+    maker = _maker(stream.open(task, "train", rank=0), task.training)
+    stored = _maker(FeatureDataset(features, "train"), task.training)
+    passes = list(task.order.passes(3, rank=0, world_size=2, micro_batch_size=3))
+    maker.announce(passes)
+    for taken, rows in enumerate(passes[:6], start=1):
+        batch, wanted = maker.batch(rows), stored.batch(rows)
+        assert torch.equal(batch.input_ids_BT, wanted.input_ids_BT)
+        assert torch.equal(batch.loss_mask_BT, wanted.loss_mask_BT)
+        torch.testing.assert_close(batch.features_BTLH, wanted.features_BTLH, **FEATURE_TOLERANCE)
+        assert _served(stream) - before == taken + AHEAD, "back-pressure: more than was asked for"
+
+
+def test_kept_held_out_features_are_not_computed_again(
+    running: tuple[DraftTask, FeatureStream],
+) -> None:
+    task, stream = running
+    assert task.held_out is not None
+    rows = [np.arange(0, 7), np.arange(7, 14)]
+    before = _served(stream)
+    source = stream.open(task, "held_out", rank=0)
+    source._keep_bytes = 30_000  # the first pass fits, the second does not
+    maker = _maker(source, task.held_out)
+    seen = []
+    for _ in range(3):
+        maker.announce(rows)
+        seen.append([maker.batch(r).features_BTLH for r in rows])
+    assert _served(stream) - before == 1 + 3
+    for again in seen[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(again, seen[0], strict=True))
+
+
+def test_a_replicas_error_is_one_message_and_is_remembered(
+    running: tuple[DraftTask, FeatureStream],
+) -> None:
+    _, stream = running
+    assert stream.failure() is None
+    wrong = np.full(9, 10**6, dtype=np.int32)
+    with pytest.raises(StageError, match=r"^a target replica failed: IndexError: [^\n]*$"):
+        received(stream.replicas[1].features.remote([wrong]))
+    assert "IndexError" in str(stream.failure())
 
 
 def test_too_little_room_is_said_before_anything_starts(config: Config, tmp_path: Path) -> None:
