@@ -98,7 +98,7 @@ class Answerer:
             return next_request(request.key)
 
         requests = [next_request(number) for number in range(len(dialogues))]
-        self._generator.run([r for r in requests if r is not None], follow_up, self.context)
+        self._generator.run([r for r in requests if r is not None], follow_up)
         found = [dialogue.answered() for dialogue in dialogues]
         return [conversation for conversation in found if conversation is not None]
 
@@ -161,7 +161,6 @@ def make_up_prompts(
             for number in numbers
         ],
         keep,
-        longest,
     )
     answers = [found[number] for number in numbers]
     # Special tokens stay to be seen: a user does not type them.

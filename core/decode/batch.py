@@ -121,18 +121,16 @@ class BatchGenerator:
         self.counts = BatchCounts()
 
     @torch.inference_mode()
-    def run(self, requests: Sequence[Request], follow_up: FollowUp, longest: int) -> None:
+    def run(self, requests: Sequence[Request], follow_up: FollowUp) -> None:
         """Answer all requests, and those that follow from the answers.
 
         Args:
             requests: in any order; the longest prompts start first.
             follow_up: is given each answer, and returns what is to be asked after it, if anything.
-            longest: most tokens of any prompt and its answer together.
         """
-        # Shortest first, so that the last is the next; ties by order of arrival.
         waiting = _Waiting(requests)
         while waiting:
-            rows = _Rows(self, waiting.take(self.batch_size), longest)
+            rows = _Rows(self, waiting.take(self.batch_size))
             while rows.active:
                 for request, answer in rows.ended():
                     following = follow_up(request, answer)
@@ -144,7 +142,7 @@ class BatchGenerator:
 
 
 class _Waiting:
-    """Requests, longest prompt first."""
+    """Requests, longest prompt first, then in order of arrival."""
 
     def __init__(self, requests: Sequence[Request]) -> None:
         self._requests: list[tuple[int, int, Request]] = []
@@ -167,9 +165,9 @@ class _Waiting:
 class _Rows:
     """A batch in the making: its rows, their cache, and which slots are whose."""
 
-    def __init__(self, generator: BatchGenerator, requests: list[Request], longest: int) -> None:
+    def __init__(self, generator: BatchGenerator, requests: list[Request]) -> None:
         self.generator, self.target = generator, generator.target
-        self.num_slots = longest + longest // 4 + SPARE_SLOTS
+        self.num_slots = _slots_for(requests)
         self.rows: list[_Row | None] = []
         self._done: list[_Row] = []
         self._cache, self._own_BC, hidden_BH = self._read(requests, self.num_slots)
@@ -208,6 +206,7 @@ class _Rows:
         requests = waiting.take(len(free))
         numbers = free[: len(requests)]
         longest = max(len(request.prompt_ids) for request in requests)
+        self._grow(_slots_for(requests))
         cache, own_BC, hidden_BH = self._read(requests, longest)
         places = torch.tensor(numbers)
         self._reserve(longest)
@@ -294,6 +293,17 @@ class _Rows:
                 layer.values[:, :, used:slots] = 0
             self._cache.rewind(slots)
 
+    def _grow(self, num_slots: int) -> None:
+        """Make room for so many slots; what was answered earlier may be longer than all before."""
+        more = num_slots - self.num_slots
+        if more <= 0:
+            return
+        for layer in self._cache.layers:
+            layer.keys = torch.nn.functional.pad(layer.keys, (0, 0, 0, more))
+            layer.values = torch.nn.functional.pad(layer.values, (0, 0, 0, more))
+        self._own_BC = torch.nn.functional.pad(self._own_BC, (0, more))
+        self.num_slots = num_slots
+
     def _move_together(self) -> None:
         """Bring each row's own slots to the front, in order."""
         counts_B = self._own_BC.sum(1)
@@ -313,6 +323,12 @@ class _Rows:
             layer.keys, layer.values = layer.keys[on], layer.values[on]
         self._own_BC, self._last_B = self._own_BC[kept], self._last_B[kept]
         self.rows = [self.rows[number] for number in numbers]
+
+
+def _slots_for(requests: Sequence[Request]) -> int:
+    """Slots for the longest of them, with some to spare."""
+    longest = max(len(request.prompt_ids) + request.max_new_tokens for request in requests)
+    return longest + longest // 4 + SPARE_SLOTS
 
 
 def _start(request: Request) -> _Row:

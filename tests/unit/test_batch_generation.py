@@ -21,7 +21,6 @@ from core.models.target import Target
 
 GREEDY = SamplingSettings()
 SAMPLED = SamplingSettings(temperature=1.0, top_p=0.9, top_k=40)
-LONGEST = 90
 
 
 def _requests(count: int, seed: int = 0) -> list[Request]:
@@ -44,7 +43,7 @@ def _run(
     def keep(request: Request, answer: Answer) -> None:
         found[request.key] = answer
 
-    generator.run(requests, keep, LONGEST)
+    generator.run(requests, keep)
     return found, generator
 
 
@@ -90,7 +89,7 @@ def test_rows_are_refilled_and_slots_reused(tiny_target: Target) -> None:
     def keep(request: Request, answer: Answer) -> None:
         found[request.key] = answer
 
-    generator.run(requests, keep, longest=70)
+    generator.run(requests, keep)
     counts = generator.counts
     assert counts.passes > 2 * (70 + 70 // 4 + 64)
     assert counts.new_tokens >= sum(len(answer.token_ids) for answer in found.values())
@@ -99,18 +98,20 @@ def test_rows_are_refilled_and_slots_reused(tiny_target: Target) -> None:
 
 
 def test_follow_ups_are_answered_too(tiny_target: Target) -> None:
+    """Each much longer than all before: the slots grow with them."""
     generator = BatchGenerator(tiny_target, GREEDY, 2)
     seen: list[Any] = []
 
     def follow(request: Request, answer: Answer) -> Request | None:
         number, turn = request.key
         seen.append(request.key)
+        assert answer == _alone(tiny_target, request, generator.stops)
         if turn == 3:
             return None
-        ids = [*request.prompt_ids, *answer.token_ids, 30 + turn]
+        ids = [*request.prompt_ids, *answer.token_ids, *range(20, 150 + turn)]
         return Request((number, turn + 1), ids, 5)
 
-    generator.run([Request((n, 1), [40 + n], 5) for n in range(3)], follow, longest=30)
+    generator.run([Request((n, 1), [40 + n], 5) for n in range(3)], follow)
     assert sorted(seen) == [(n, turn) for n in range(3) for turn in (1, 2, 3)]
 
 
