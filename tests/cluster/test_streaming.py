@@ -48,7 +48,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 PATIENCE_SECONDS = 240
 LONGEST = 40
 # Two layers in float32, summed in another order: a few units in the last place.
-FEATURE_TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
+RELATIVE, ABSOLUTE = 1e-4, 1e-5
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -239,7 +239,9 @@ def test_the_stream_gives_what_the_shards_hold_and_no_more_than_is_asked_for(
         batch, wanted = maker.batch(rows), stored.batch(rows)
         assert torch.equal(batch.input_ids_BT, wanted.input_ids_BT)
         assert torch.equal(batch.loss_mask_BT, wanted.loss_mask_BT)
-        torch.testing.assert_close(batch.features_BTLH, wanted.features_BTLH, **FEATURE_TOLERANCE)
+        torch.testing.assert_close(
+            batch.features_BTLH, wanted.features_BTLH, rtol=RELATIVE, atol=ABSOLUTE
+        )
         assert _served(stream) - before == taken + AHEAD, "back-pressure: more than was asked for"
 
 

@@ -50,7 +50,8 @@ def _run(
 @torch.inference_mode()
 def _alone(target: Target, request: Request, stops: frozenset[int]) -> Answer:
     """Greedy, without a cache."""
-    ids, new = list(request.prompt_ids), []
+    ids = list(request.prompt_ids)
+    new: list[int] = []
     while len(new) < request.max_new_tokens:
         token = int(target.model(torch.tensor([ids + new])).logits[0, -1].argmax())
         if token in stops:
