@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from core.data.batches import pad_right
+from core.data.batches import pad_right, plan_batches
 from core.decode.cache import SequenceCache
 from core.decode.sampling import SamplingSettings
 from core.models.target import Target
@@ -30,6 +30,8 @@ from core.models.target import Target
 FIRST_CANDIDATES = 512
 # Slots beyond the longest sequence's, so that rows seldom have to move together.
 SPARE_SLOTS = 64
+# Most tokens of a pass over prompts, padding included.
+PREFILL_TOKENS = 4096
 # Prompts come in once this share of the rows is free: one pass for several of them.
 REFILL_SHARE = 1 / 4
 
@@ -168,15 +170,12 @@ class _Rows:
     def __init__(self, generator: BatchGenerator, requests: list[Request]) -> None:
         self.generator, self.target = generator, generator.target
         self.num_slots = _slots_for(requests)
-        self.rows: list[_Row | None] = []
+        self.rows: list[_Row | None] = [None] * len(requests)
         self._done: list[_Row] = []
-        self._cache, self._own_BC, hidden_BH = self._read(requests, self.num_slots)
-        self._own_BC = torch.nn.functional.pad(
-            self._own_BC, (0, self.num_slots - self._own_BC.shape[1])
-        )
-        self.rows = [_start(request) for request in requests]
+        self._cache = SequenceCache(self.target.model.config, self.num_slots)
+        self._own_BC = torch.zeros(len(requests), self.num_slots, dtype=torch.bool)
         self._last_B = torch.zeros(len(requests), dtype=torch.int64)
-        self._take(range(len(requests)), hidden_BH)
+        self._fill(range(len(requests)), requests)
 
     @property
     def active(self) -> int:
@@ -204,20 +203,32 @@ class _Rows:
         if len(free) < max(1, int(len(self.rows) * REFILL_SHARE)):
             return
         requests = waiting.take(len(free))
-        numbers = free[: len(requests)]
-        longest = max(len(request.prompt_ids) for request in requests)
         self._grow(_slots_for(requests))
-        cache, own_BC, hidden_BH = self._read(requests, longest)
-        places = torch.tensor(numbers)
+        self._fill(free, requests)
+
+    def _fill(self, numbers: Sequence[int], requests: Sequence[Request]) -> None:
+        """Start requests in rows; prompts of similar length are read together."""
+        lengths = [len(request.prompt_ids) for request in requests]
+        for batch in plan_batches(lengths, PREFILL_TOKENS).batches:
+            self._start([numbers[i] for i in batch], [requests[i] for i in batch])
+
+    def _start(self, numbers: Sequence[int], requests: Sequence[Request]) -> None:
+        cache, own_BP, hidden_BH = self._read(requests)
+        longest, places = own_BP.shape[1], torch.tensor(numbers)
+        for mine, theirs in zip(self._cache.layers, cache.layers, strict=True):
+            if not mine.is_initialized:
+                # As many rows as the batch will have; none of their slots is in use yet.
+                like = theirs.keys[:1, :, :0].expand(len(self.rows), -1, -1, -1)
+                mine.lazy_initialization(like, like)
         self._reserve(longest)
         for mine, theirs in zip(self._cache.layers, cache.layers, strict=True):
             on = places.to(mine.keys.device)
-            mine.keys[on, :, :longest] = theirs.keys[:, :, :longest]
-            mine.values[on, :, :longest] = theirs.values[:, :, :longest]
+            mine.keys[on, :, :longest] = theirs.keys
+            mine.values[on, :, :longest] = theirs.values
         self._own_BC[places] = False
-        self._own_BC[places, :longest] = own_BC
+        self._own_BC[places, :longest] = own_BP
         for number, request in zip(numbers, requests, strict=True):
-            self.rows[number] = _start(request)
+            self.rows[number] = _Row(request, np.random.default_rng(request.seed))
         self._take(numbers, hidden_BH)
 
     def step(self) -> None:
@@ -226,11 +237,12 @@ class _Rows:
             self._move_together()
         end = self._cache.length + 1
         positions_B = self._own_BC.sum(1)
-        self._own_BC[:, end - 1] = True
+        busy = [number for number, row in enumerate(self.rows) if row is not None]
+        # Free rows are computed along, and keep nothing of it.
+        self._own_BC[busy, end - 1] = True
         hidden_BH = self._pass(
             self._last_B[:, None], positions_B[:, None], self._own_BC[:, :end], self._cache
         )[:, 0]
-        busy = [number for number, row in enumerate(self.rows) if row is not None]
         self.generator.counts.decoded_rows += len(self.rows)
         self.generator.counts.decoded_tokens += len(busy)
         self._take(busy, hidden_BH[busy])
@@ -251,14 +263,12 @@ class _Rows:
                 self.rows[number] = None
         self.generator.counts.new_tokens += len(rows)
 
-    def _read(
-        self, requests: Sequence[Request], num_slots: int
-    ) -> tuple[SequenceCache, Tensor, Tensor]:
+    def _read(self, requests: Sequence[Request]) -> tuple[SequenceCache, Tensor, Tensor]:
         """Prompts into a new cache; their slots bool [B, P], and the last hidden states [B, H]."""
         prompts = [np.asarray(request.prompt_ids, dtype=np.int32) for request in requests]
         input_ids_BP, mask_BP = pad_right(prompts)
         own_BP = torch.ones_like(input_ids_BP) if mask_BP is None else mask_BP
-        cache = SequenceCache(self.target.model.config, num_slots)
+        cache = SequenceCache(self.target.model.config, own_BP.shape[1])
         positions_BP = torch.arange(input_ids_BP.shape[1]).expand_as(input_ids_BP)
         hidden_BPH = self._pass(input_ids_BP, positions_BP, own_BP.bool(), cache)
         lengths_B = own_BP.sum(1)
@@ -331,10 +341,6 @@ def _slots_for(requests: Sequence[Request]) -> int:
     return longest + longest // 4 + SPARE_SLOTS
 
 
-def _start(request: Request) -> _Row:
-    return _Row(request, np.random.default_rng(request.seed))
-
-
 def choose(logits_BV: Tensor, settings: SamplingSettings, randoms: Sequence[float]) -> list[int]:
     """A token for each row of logits.
 
@@ -365,15 +371,12 @@ def candidates(logits_BV: Tensor, settings: SamplingSettings) -> tuple[Tensor, T
     limit = min(settings.top_k or size, size)
     if limit == size and settings.top_p >= 1:
         return probs_BV, torch.arange(size).expand_as(probs_BV)
-    probs_BK, tokens_BK = probs_BV.topk(min(limit, FIRST_CANDIDATES), dim=-1)
-    if limit < size:
-        if limit > FIRST_CANDIDATES:
-            probs_BK, tokens_BK = probs_BV.topk(limit, dim=-1)
-        total_B1 = probs_BK.sum(-1, keepdim=True)
-    else:
-        total_B1 = torch.ones(probs_BK.shape[0], 1)
-        if bool((probs_BK.sum(-1) < settings.top_p).any()):
-            probs_BK, tokens_BK = probs_BV.sort(dim=-1, descending=True)
+    count = limit if limit < size else min(size, FIRST_CANDIDATES)
+    probs_BK, tokens_BK = probs_BV.topk(count, dim=-1)
+    total_B1 = probs_BK.sum(-1, keepdim=True) if limit < size else torch.ones(len(probs_BV), 1)
+    while count < limit and bool((probs_BK.sum(-1) < settings.top_p).any()):
+        count = min(limit, 8 * count)
+        probs_BK, tokens_BK = probs_BV.topk(count, dim=-1)
     # A token stays if those before it have not yet reached top_p; the first always stays.
     before_BK = probs_BK.cumsum(-1) - probs_BK
     return probs_BK.masked_fill(before_BK >= settings.top_p * total_B1, 0), tokens_BK

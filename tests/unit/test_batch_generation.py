@@ -98,6 +98,21 @@ def test_rows_are_refilled_and_slots_reused(tiny_target: Target) -> None:
     assert all(found[r.key] == _alone(tiny_target, r, generator.stops) for r in requests[::7])
 
 
+def test_a_free_row_uses_up_no_slots(tiny_target: Target) -> None:
+    """It may stay free for longer than the slots that its own sequence would have left it."""
+    short = Request(0, [20] * 300, 5)
+    requests = [short, *(Request(i, [20 + i], 305 - i) for i in range(1, 5))]
+    generator = BatchGenerator(tiny_target, GREEDY, 5)
+    found: dict[int, Answer] = {}
+
+    def keep(request: Request, answer: Answer) -> None:
+        found[request.key] = answer
+
+    generator.run(requests, keep)
+    assert max(len(answer.token_ids) for answer in found.values()) > 200
+    assert all(found[r.key] == _alone(tiny_target, r, generator.stops) for r in requests[:2])
+
+
 def test_follow_ups_are_answered_too(tiny_target: Target) -> None:
     """Each much longer than all before: the slots grow with them."""
     generator = BatchGenerator(tiny_target, GREEDY, 2)
