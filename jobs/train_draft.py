@@ -2,9 +2,12 @@
 
     python -m jobs.train_draft target.path=runs/target/model features.path=runs/features \\
         output=runs/draft
+    python -m jobs.train_draft target.path=runs/target/model data.examples=runs/examples \\
+        features.mode=stream output=runs/draft
 
 Writes `head/`, the loss and accuracy curves, and checkpoints under `ray_train/`. Killed and run
-again, it goes on from the last checkpoint, and the head is the one it would have been.
+again, it goes on from the last checkpoint, and the head is the one it would have been. The second
+line streams the features from target replicas to the workers and stores none of them.
 """
 
 from __future__ import annotations
@@ -13,12 +16,18 @@ import sys
 from collections.abc import Sequence
 
 from core.runtime import job
-from core.runtime.training import train_draft, training_inputs, training_resources
+from core.runtime.training import (
+    counted_sections,
+    train_draft,
+    training_inputs,
+    training_resources,
+)
 
 JOB = job.Job(
     name="train_draft",
     summary="Train a draft head on features: Ray Train workers with a DeepSpeed engine each.",
-    sections=("draft", "train"),
+    sections=("target", "features", "draft", "train"),
+    counted=counted_sections,
     inputs=training_inputs,
     run=train_draft,
     resources=training_resources,

@@ -17,6 +17,7 @@ from core.config.sections import (
     DecodeConfig,
     EvalConfig,
     FeaturesConfig,
+    GenerateConfig,
     ServeConfig,
     TargetConfig,
     TrackingConfig,
@@ -32,6 +33,7 @@ class Config(Section):
     convert: ConvertConfig = ConvertConfig()
     target: TargetConfig = TargetConfig()
     data: DataConfig = DataConfig()
+    generate: GenerateConfig = GenerateConfig()
     features: FeaturesConfig = FeaturesConfig()
     draft: AnyDraftConfig = DRAFT_CONFIGS[DEFAULT_DRAFT_KIND].model_validate({})
     train: TrainConfig = TrainConfig()

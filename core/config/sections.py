@@ -110,10 +110,58 @@ class DataConfig(Section):
     seed: int = field(0, "changes which conversations are taken and held out")
 
 
+class GenerateConfig(Section):
+    """What regenerate_responses has the target say."""
+
+    temperature: float = field(0.7, "of the answers; 0 is greedy", ge=0)
+    top_p: float = field(0.95, "nucleus of the answers' distribution", gt=0, le=1)
+    top_k: int = field(0, "most likely tokens that answers are drawn from; 0 takes all", ge=0)
+    max_new_tokens: int = field(512, "longest answer, in tokens", ge=1)
+    keep_cut: bool = field(
+        False,
+        "keep answers that max_new_tokens cut off; otherwise their conversation ends before them",
+    )
+    batch_size: int = field(16, "sequences that a replica decodes at the same time", ge=1)
+    shard_conversations: int = field(
+        128,
+        "conversations a shard: what one replica takes at a time, and a stopped run redoes",
+        ge=1,
+    )
+    seed: int = field(0, "of the answers and of the prompts that are made up")
+    synthesize: int = field(
+        0, "have the target make up so many prompts, instead of data.path; 0 for none", ge=0
+    )
+    prompt_temperature: float = field(1.0, "of the prompts that are made up", gt=0)
+    prompt_top_p: float = field(0.98, "nucleus of their distribution", gt=0, le=1)
+    max_prompt_tokens: int = field(
+        256, "longest prompt that is made up, in tokens; longer ones are dropped", ge=1
+    )
+    min_prompt_words: int = field(3, "fewest words of a prompt that is made up", ge=1)
+    num_replicas: int = setting(
+        2, "target replicas at the same time (at most what the cluster holds)", ge=1
+    )
+    cpus_per_replica: float = setting(1.0, "CPUs a replica; also its threads", gt=0)
+    gpus_per_replica: float = setting(0.0, "GPUs a replica", ge=0)
+
+
 class FeaturesConfig(Section):
     """Target features that the draft head learns from."""
 
     path: str | None = setting(None, "folder that extract_features wrote")
+    mode: Literal["shards", "stream"] = setting(
+        "shards",
+        "where train_draft takes features from: shards reads features.path; stream has "
+        "replicas of the target compute them from data.examples meanwhile",
+    )
+    stream_ahead: int = setting(
+        4, "stream: passes that are asked for ahead of their use, by each training worker", ge=1
+    )
+    keep_held_out_mb: int = setting(
+        1024,
+        "stream: held-out features that each worker keeps between evaluations, MB; the rest is "
+        "computed again each time",
+        ge=0,
+    )
     layers: Literal["final", "eagle3"] | tuple[LayerId, ...] = field(
         "final",
         "final: what leaves the final norm, for EAGLE-1; eagle3: also the states entering layers "

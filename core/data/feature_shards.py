@@ -17,6 +17,7 @@ import bisect
 import contextlib
 import hashlib
 import json
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -302,6 +303,13 @@ class FeatureDataset:
         file, rows = self._locate(index)
         mask: Tensor = file.get_slice("loss_mask")[rows].to(torch.bool)
         return mask
+
+    def announce(self, passes: Iterable[Sequence[int]]) -> None:
+        """Nothing needs to be got ready: any example can be read at any time."""
+
+    def take(self, indices: Sequence[int]) -> list[FeatureExample]:
+        """Several examples."""
+        return [self[index] for index in indices]
 
     def token_counts(self, vocab_size: int) -> Tensor:
         """How often each token is supervised: int64 [vocab_size], for the draft vocabulary."""

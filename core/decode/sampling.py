@@ -10,10 +10,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """How tokens are chosen; temperature 0 is greedy."""
+    """How tokens are chosen; temperature 0 is greedy, top_k 0 takes all tokens."""
 
     temperature: float = 0.0
     top_p: float = 1.0
+    top_k: int = 0
 
     @property
     def greedy(self) -> bool:
@@ -24,10 +25,14 @@ class SamplingSettings:
 def target_probs(logits_V: Tensor, settings: SamplingSettings) -> Tensor:
     """The processed distribution, float32 [..., V]; temperature must be above 0.
 
-    Speculation is lossless with respect to this distribution: temperature first, then top-p,
-    as HF `generate` orders them.
+    Speculation is lossless with respect to this distribution: temperature first, then top-k,
+    then top-p, as HF `generate` orders them.
     """
     probs_V = (logits_V.float() / settings.temperature).softmax(-1)
+    if 0 < settings.top_k < probs_V.shape[-1]:
+        top = probs_V.topk(settings.top_k, dim=-1)
+        probs_V = torch.zeros_like(probs_V).scatter(-1, top.indices, top.values)
+        probs_V = probs_V / probs_V.sum(-1, keepdim=True)
     if settings.top_p >= 1:
         return probs_V
     sorted_V, order_V = probs_V.sort(dim=-1, descending=True)

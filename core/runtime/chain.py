@@ -78,6 +78,11 @@ def data_input(config: Config) -> dict[str, Path]:
     """
     inputs = data_inputs(config.data)
     check_tree_sizes(config)
+    if config.features.mode == "stream":
+        raise ConfigError(
+            "features.mode=stream: the main job keeps its features in shards; leave it out, or "
+            "run prepare_data and then train_draft with it"
+        )
     made_here = {
         "target.path": config.target.path,
         "data.examples": config.data.examples,

@@ -6,7 +6,6 @@ back. A shard's bytes depend on its examples, the target and the batch budget al
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,6 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import ray
-from ray.data import ActorPoolStrategy, DataContext
 from transformers import AutoConfig
 
 from core import errors
@@ -34,14 +32,20 @@ from core.models.target import (
     target_folder,
     target_location,
 )
-from core.paths import TEMPORARY, naming_a_full_disk, resolve_path
+from core.paths import resolve_path
 from core.progress import Progress, say
 from core.provenance import RunFolder
+from core.runtime.pool import (
+    PoolSize,
+    attempts_file,
+    count_attempt,
+    replicas_that_fit,
+    run_pool,
+)
 from core.runtime.resources import Resources
 
 STAGE = "extract_features"
-# A shard that took its replica down so often (out of memory, most likely) ends the run.
-MAX_ATTEMPTS = 4
+ADVICE = "Lower features.batch_tokens or features.num_replicas"
 
 
 def extraction_inputs(config: Config) -> Mapping[str, Path]:
@@ -101,12 +105,13 @@ def extract_features(config: Config, folder: RunFolder) -> Mapping[str, Any]:
     tasks = _unfinished(paths["data.examples"], output, manifest)
     total = sum(len(stems) for stems in manifest.shards.values())
     skipped = total - len(tasks)
-    replicas = _num_replicas(config.features, len(tasks))
+    size = _pool_size(config.features)
+    replicas = replicas_that_fit(size, len(tasks), STAGE, "features.num_replicas") if tasks else 0
     results = _Results()
     with Progress(STAGE, total=total, unit="shards", skipped=skipped) as progress:
         if tasks:
             say(STAGE, f"loading the target in {replicas} replica(s)")
-            for row in run_pool(tasks, replicas, config, manifest):
+            for row in extract_in_pool(tasks, replicas, config, manifest):
                 results.add(row)
                 progress.advance(1, tokens=row["tokens"])
     # This run's own killed replicas leave some too; a stray one of an earlier run, which is about
@@ -210,13 +215,13 @@ class _Replica:
             # A replica may die between finishing a shard and saying so.
             record = finished_record(Path(shard), self.settings.manifest)
             if record is None:
-                _count_attempt(Path(shard))
+                count_attempt(Path(shard), ADVICE)
                 target = self.target
                 row["started"] = time.time()
                 source = read_examples(Path(examples))
                 budget = self.settings.features.batch_tokens
                 record = extract_shard(target, source, Path(shard), self.settings.manifest, budget)
-                _attempts(Path(shard)).unlink(missing_ok=True)
+                attempts_file(Path(shard)).unlink(missing_ok=True)
             row["tokens"] = record.tokens
         except AerieError as error:
             # As a row it reaches the driver as one message, not as Ray's nested tracebacks.
@@ -246,7 +251,7 @@ class _Results:
         return self.tokens / max(self._ended - self._started, 1e-9) if self.tokens else 0.0
 
 
-def run_pool(
+def extract_in_pool(
     tasks: Sequence[dict[str, str]], replicas: int, config: Config, manifest: Manifest
 ) -> Iterator[Mapping[str, Any]]:
     """Compute the shards of these rows in a pool of replicas.
@@ -262,79 +267,23 @@ def run_pool(
     Raises:
         AerieError: what a replica raised.
     """
-    _quiet_ray_data()
     location = target_location(str(config.target.path))
     target = config.target.model_copy(update={"path": location})
-    most = max(replicas, min(config.features.num_replicas, len(tasks)))
-    rows = ray.data.from_items(list(tasks), override_num_blocks=len(tasks)).map_batches(
-        _Replica,
-        fn_constructor_args=(_ReplicaSettings(target, config.features, manifest),),
-        batch_size=1,
-        # Fewer than it starts with will do: when a node is lost for good, the others finish its
-        # work, and when one joins, the pool grows.
-        compute=ActorPoolStrategy(
-            min_size=min(config.features.min_replicas, replicas),
-            initial_size=replicas,
-            max_size=most,
-            # A shard takes long enough that queueing a second behind it gains nothing.
-            max_tasks_in_flight_per_actor=1,
-        ),
-        num_cpus=config.features.cpus_per_replica,
-        num_gpus=config.features.gpus_per_replica or None,
+    settings = _ReplicaSettings(target, config.features, manifest)
+    yield from run_pool(tasks, _Replica, settings, _pool_size(config.features), replicas)
+
+
+def _pool_size(features: FeaturesConfig) -> PoolSize:
+    return PoolSize(
+        features.num_replicas,
+        features.cpus_per_replica,
+        features.gpus_per_replica,
+        fewest=features.min_replicas,
     )
-    # Ray Data spreads the actors over the nodes and restarts them, with their shard, for ever.
-    for row in rows.iter_rows():
-        if row["error"]:
-            raise getattr(errors, row["kind"], InputError)(row["error"])
-        yield row
-
-
-def _attempts(shard: Path) -> Path:
-    """A file as long as there were attempts at a shard; it outlives a replica that crashes."""
-    return shard.with_name(f".{shard.name}.attempts{TEMPORARY}")
-
-
-def _count_attempt(shard: Path) -> None:
-    with naming_a_full_disk(shard):
-        shard.parent.mkdir(parents=True, exist_ok=True)
-        with _attempts(shard).open("ab") as file:
-            file.write(b".")
-    if _attempts(shard).stat().st_size > MAX_ATTEMPTS:
-        raise StageError(
-            f"{MAX_ATTEMPTS} replicas crashed while they computed {shard}; out of memory? "
-            "Lower features.batch_tokens or features.num_replicas"
-        )
-
-
-def _quiet_ray_data() -> None:
-    """Our own progress lines say it."""
-    context = DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    # With one shard in flight a replica is fully used at 1.0.
-    context.autoscaling_config.actor_pool_util_upscaling_threshold = 1.0
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
-    # It warns that the bars are off.
-    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
-
-
-def _num_replicas(features: FeaturesConfig, num_tasks: int) -> int:
-    """As many as asked for, as there are shards, and as the nodes hold now; at least one."""
-    hold = 0
-    for node in ray.nodes():
-        if node["Alive"]:
-            there = node["Resources"]
-            fits = there.get("CPU", 0.0) // features.cpus_per_replica
-            if features.gpus_per_replica:
-                fits = min(fits, there.get("GPU", 0.0) // features.gpus_per_replica)
-            hold += int(fits)
-    if num_tasks and hold < min(features.num_replicas, num_tasks):
-        say(STAGE, f"features.num_replicas={features.num_replicas}, of which {hold} fit now")
-    return min(features.num_replicas, num_tasks, max(1, hold))
 
 
 def shard_tasks(examples: Path, folder: Path) -> list[dict[str, str]]:
-    """One row a shard, for `run_pool`: which examples go into which file."""
+    """One row a shard, for `extract_in_pool`: which examples go into which file."""
     return [
         {
             "examples": str(source.absolute()),
@@ -351,7 +300,7 @@ def _unfinished(examples: Path, folder: Path, manifest: Manifest) -> list[dict[s
     for task in shard_tasks(examples, folder):
         shard = Path(task["shard"])
         if finished_record(shard, manifest) is None:
-            _attempts(shard).unlink(missing_ok=True)
+            attempts_file(shard).unlink(missing_ok=True)
             tasks.append(task)
     return tasks
 

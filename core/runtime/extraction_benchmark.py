@@ -29,9 +29,9 @@ from core.progress import say
 from core.provenance import RunFolder
 from core.runtime.extraction import (
     count_tokens,
+    extract_in_pool,
     extraction_inputs,
     plan_manifest,
-    run_pool,
     shard_tasks,
 )
 from core.runtime.feature_checks import relative_errors
@@ -215,7 +215,7 @@ class _Bench:
             for number in range(replicas)
         ]
         started = time.time()
-        rows = list(run_pool([*warm_up, *self.tasks], replicas, self.config, self.manifest))
+        rows = list(extract_in_pool([*warm_up, *self.tasks], replicas, self.config, self.manifest))
         whole = time.time() - started
         tokens, seconds = steady_state(rows)
         written = sum(Path(task["shard"]).stat().st_size for task in self.tasks)

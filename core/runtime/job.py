@@ -31,6 +31,7 @@ class Job:
         name: the module's name in `jobs`.
         summary: what it does, for `--help`.
         sections: the config sections that it reads; they make up the run's identity.
+        counted: of these sections, the ones that count for a config; None where all always do.
         inputs: resolves the input paths (config field → path) or raises InputError.
         run: does the work, given the started run folder, and returns the report.
         resources: what it needs at one time.
@@ -49,6 +50,7 @@ class Job:
     uses_ray: bool = True
     of_parts: bool = False
     actions: Mapping[str, Action] = field(default_factory=dict)
+    counted: Callable[[Config], tuple[str, ...]] | None = None
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,8 @@ def run_stage(job: Job, config: Config) -> Report:
     check_output(config)
     # Workers may have another working directory.
     config = config.replace(output=str(Path(config.output or "").expanduser().absolute()))
-    folder = RunFolder(job.name, config, job.sections, job.inputs(config))
+    sections = job.sections if job.counted is None else job.counted(config)
+    folder = RunFolder(job.name, config, sections, job.inputs(config))
     if folder.finished and not job.of_parts:
         say(job.name, f"finished before, skipped: {folder.path}")
         return folder.report()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,6 +45,41 @@ def check_resources(needs: Resources, config: Config, job: str) -> None:
             if not (on_cluster(config.cluster) and config.cluster.can_grow):
                 raise ResourceError(f"{message}; lower it, or run on a larger machine or cluster")
             say(job, f"warning: {message}; waiting for the cluster to grow")
+
+
+def check_placement(bundles: Sequence[tuple[float, float]], config: Config, what: str) -> None:
+    """Make sure that the nodes can hold all of these at one time, each on one node.
+
+    The sum may be there and yet lie in pieces too small; what waits for each other would then
+    wait for ever.
+
+    Args:
+        bundles: CPUs and GPUs of each.
+        config: whose cluster may grow.
+        what: they are, for the message.
+    Raises:
+        ResourceError: they do not fit and the cluster cannot grow; otherwise it is a warning.
+    """
+    there = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if _fits(bundles, [(n.get("CPU", 0.0), n.get("GPU", 0.0)) for n in there]):
+        return
+    message = f"the nodes cannot hold {what} at the same time"
+    if not (on_cluster(config.cluster) and config.cluster.can_grow):
+        raise ResourceError(f"{message}; lower their number, or what each takes of a node")
+    say("resources", f"warning: {message}; waiting for the cluster to grow")
+
+
+def _fits(bundles: Sequence[tuple[float, float]], nodes: Sequence[tuple[float, float]]) -> bool:
+    """Largest first, each where it fits and leaves the least GPUs, then CPUs."""
+    free = [list(node) for node in nodes]
+    for cpus, gpus in sorted(bundles, key=lambda bundle: (bundle[1], bundle[0]), reverse=True):
+        room = [node for node in free if node[0] >= cpus and node[1] >= gpus]
+        if not room:
+            return False
+        chosen = min(room, key=lambda node: (node[1], node[0]))
+        chosen[0] -= cpus
+        chosen[1] -= gpus
+    return True
 
 
 def describe_resources(needs: Resources, config: Config) -> str:

@@ -6,13 +6,14 @@ name of its run are always the same, so that a new driver goes on where a killed
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import os
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -32,15 +33,24 @@ from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from ray.train.v2.api.config import LoggingConfig
 
 from core.config import Config, TrainConfig
-from core.errors import ConfigError, StageError, UserError
+from core.errors import AerieError, ConfigError, StageError, UserError
 from core.models.target import target_folder, target_location
 from core.paths import resolve_path
 from core.progress import Progress, say
 from core.provenance import RunFolder
+from core.runtime.extraction import extraction_inputs, plan_manifest
 from core.runtime.resources import Resources
+from core.runtime.streaming import FeatureStream, StreamBroken, feature_stream, streams
 from core.tracking import read_metrics
 from core.train.curves import plot_curves
-from core.train.task import DraftTask, count_parameters, prepare, train
+from core.train.task import (
+    DraftTask,
+    SourceOpener,
+    count_parameters,
+    open_shards,
+    prepare,
+    train,
+)
 
 STAGE = "train_draft"
 STORAGE, RUN = "ray_train", "draft"
@@ -59,7 +69,9 @@ RAY_TRAIN_SETTINGS = {
 
 
 def training_inputs(config: Config) -> Mapping[str, Path]:
-    """The features, and the target that they came from."""
+    """The features, or the examples that they are streamed from, and the target."""
+    if streams(config):
+        return extraction_inputs(config)
     if not config.features.path:
         raise ConfigError("features.path is not set; give the folder that extract_features wrote")
     return {
@@ -68,16 +80,30 @@ def training_inputs(config: Config) -> Mapping[str, Path]:
     }
 
 
+def counted_sections(config: Config) -> tuple[str, ...]:
+    """What the result depends on besides the inputs: streamed features are made on the way."""
+    return ("target", "features", "draft", "train") if streams(config) else ("draft", "train")
+
+
 def training_resources(config: Config) -> Resources:
-    """All workers at once, since they wait for each other; disk for the checkpoints."""
-    train = config.train
+    """All workers at once, since they wait for each other, and for the replicas of a stream.
+
+    On disk, the checkpoints.
+    """
+    train, features = config.train, config.features
     parameters = count_parameters(config, training_inputs(config)["target.path"])
     checkpoints = (train.keep_checkpoints + 1) * parameters * CHECKPOINT_BYTES_PER_PARAMETER
+    because = "train.num_workers times train.cpus_per_worker and train.gpus_per_worker"
+    replicas = 0
+    if streams(config):
+        replicas = features.num_replicas
+        because += ", and at the same time features.num_replicas times features.cpus_per_replica "
+        because += "and features.gpus_per_replica"
     return Resources(
-        cpus=train.num_workers * train.cpus_per_worker,
-        gpus=train.num_workers * train.gpus_per_worker,
+        cpus=train.num_workers * train.cpus_per_worker + replicas * features.cpus_per_replica,
+        gpus=train.num_workers * train.gpus_per_worker + replicas * features.gpus_per_replica,
         disk_gb=checkpoints / 1e9,
-        because="train.num_workers times train.cpus_per_worker and train.gpus_per_worker",
+        because=because,
     )
 
 
@@ -91,7 +117,12 @@ def train_draft(config: Config, folder: RunFolder) -> Mapping[str, Any]:
     paths = training_inputs(config)
     output = folder.path.absolute()
     target = target_location(str(config.target.path))
-    task = prepare(config, target, paths["features.path"].absolute())
+    if streams(config):
+        examples = paths["data.examples"].absolute()
+        manifest = plan_manifest(config, examples, paths["target.path"])
+        task = prepare(config, target, examples, manifest)
+    else:
+        task = prepare(config, target, paths["features.path"].absolute())
     order = task.order
     say(
         STAGE,
@@ -99,15 +130,18 @@ def train_draft(config: Config, folder: RunFolder) -> Mapping[str, Any]:
         f"{order.total_steps:,} steps of {config.train.global_batch_size} sequences; draft "
         f"vocabulary {task.vocabulary.size:,} ({task.coverage:.1%} of the supervised tokens)",
     )
-    say(STAGE, f"starting {config.train.num_workers} worker(s)")
-    with _Follower(output, order.total_steps):
-        figures = _fit(task, output, folder.identity[:16])
+    with feature_stream(task) if task.streamed else nullcontext() as stream:
+        say(STAGE, f"starting {config.train.num_workers} worker(s)")
+        with _Follower(output, order.total_steps):
+            figures = _fit(task, output, folder.identity[:16], stream)
     plot_curves(output)
     say(STAGE, _summary(figures))
     return figures
 
 
-def _fit(task: DraftTask, output: Path, run_id: str) -> dict[str, Any]:
+def _fit(
+    task: DraftTask, output: Path, run_id: str, stream: FeatureStream | None
+) -> dict[str, Any]:
     train = task.config.train
     storage = output / STORAGE
     _drop_broken_snapshot(storage / RUN)
@@ -115,7 +149,7 @@ def _fit(task: DraftTask, output: Path, run_id: str) -> dict[str, Any]:
         os.environ.setdefault(name, value)
     trainer = TorchTrainer(
         _work,
-        train_loop_config={"task": task, "output": output, "run_id": run_id},
+        train_loop_config={"task": task, "output": output, "run_id": run_id, "stream": stream},
         torch_config=TorchConfig(backend="nccl" if train.gpus_per_worker else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=train.num_workers,
@@ -137,7 +171,7 @@ def _fit(task: DraftTask, output: Path, run_id: str) -> dict[str, Any]:
     except ray.train.TrainingFailedError as error:
         raise _explain(error) from error
     if "failed" in outcome:
-        raise StageError(outcome["failed"])
+        raise outcome["failed"]
     return {**outcome, "workers": train.num_workers}
 
 
@@ -164,15 +198,30 @@ def _work(settings: dict[str, Any]) -> dict[str, Any]:
     task: DraftTask = settings["task"]
     torch.set_num_threads(_num_threads(task.config.train))
     host = _RayHost.here()
+    stream: FeatureStream | None = settings["stream"]
+    open_source: SourceOpener = open_shards
+    if stream is not None:
+        if failure := _agreed(stream.failure(), host.world_size):
+            return {"failed": failure}
+        open_source = functools.partial(stream.open, rank=host.rank)
     try:
-        figures = train(task, settings["output"], settings["run_id"], host, get_device())
+        figures = train(
+            task, settings["output"], settings["run_id"], host, get_device(), open_source
+        )
     except StageError as error:
         # All workers are here. Raised, it would be taken for a lost worker and tried again.
-        return {"failed": str(error)}
+        return {"failed": error}
     finally:
         # The last checkpoint counts once the controller has taken note of it.
         ray.train.get_all_reported_checkpoints(consistency_mode=CheckpointConsistencyMode.COMMITTED)
     return {**figures, "nodes": _count_nodes(host.world_size)}
+
+
+def _agreed(failure: AerieError | None, world_size: int) -> AerieError | None:
+    """The failure that any worker knows of: they must all stop, or the others would wait."""
+    known: list[AerieError | None] = [None] * world_size
+    torch.distributed.all_gather_object(known, failure)
+    return next((found for found in known if found is not None), None)
 
 
 def _count_nodes(world_size: int) -> int:
@@ -234,6 +283,8 @@ def _explain(error: Exception) -> Exception:
     for failure in failures.values():
         # Ray Train wraps what a worker raised.
         cause = getattr(failure, "_base_exc", failure)
+        if isinstance(cause, StreamBroken):
+            return cause.error
         if isinstance(cause, UserError):
             return cause
     return StageError(

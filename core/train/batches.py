@@ -5,7 +5,7 @@ Shapes: B batch, T tokens, L feature layers, H hidden.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from core.draft.base import DraftBatch
-from core.train.order import Example, ExampleSource, Indices, Selection, seed_of
+from core.train.order import Example, FeatureSource, Indices, Selection, seed_of
 
 NOISE_LENGTH = 512
 """EAGLE scales its noise by 512 / sequence length (reference: `AddUniformNoise`)."""
@@ -32,12 +32,19 @@ class BatchMaker:
         seed: of the noise.
     """
 
-    source: ExampleSource
+    source: FeatureSource
     selection: Selection
     dtype: torch.dtype
     device: torch.device
     noise: float = 0.0
     seed: int = 0
+
+    def announce(self, passes: Iterable[Indices]) -> None:
+        """Say which rows `batch` will be asked for next, in order, so that they can be got ready.
+
+        Passes are read lazily, as far ahead as the source wants to know.
+        """
+        self.source.announce(self.selection.indices_N[rows].tolist() for rows in passes)
 
     def batch(self, rows: Indices, step: int | None = None) -> DraftBatch:
         """The examples of these rows of the selection; with noise if a step is given.
@@ -47,7 +54,7 @@ class BatchMaker:
         """
         indices = self.selection.indices_N[rows].tolist()
         lengths = self.selection.lengths_N[rows].tolist()
-        batch = collate([self.source[index] for index in indices], lengths, self.dtype)
+        batch = collate(self.source.take(indices), lengths, self.dtype)
         if step is not None and self.noise > 0:
             seeds = [seed_of(self.seed, step, index) for index in indices]
             shape = batch.features_BTLH.shape

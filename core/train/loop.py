@@ -74,6 +74,14 @@ class TrainingLoop:
             StageError: the loss is not a number; raised on all workers at the same step.
         """
         self._resume()
+        self.training.announce(
+            self.order.passes(
+                self.state.step,
+                self.host.rank,
+                self.host.world_size,
+                self.config.micro_batch_size,
+            )
+        )
         if self.open_log is not None:
             self._log = self.open_log(self.state.step)
         try:
@@ -173,6 +181,7 @@ class TrainingLoop:
         passes = evaluation_batches(
             held_out.selection, self.host.rank, self.host.world_size, self.config.micro_batch_size
         )
+        held_out.announce(passes)
         sums = torch.zeros(
             len(self.engine.statistic_names), dtype=torch.float64, device=held_out.device
         )

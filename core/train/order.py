@@ -6,8 +6,8 @@ checkpoint needs to know its step and nothing else. Shapes: N usable examples, G
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Protocol
 
@@ -37,15 +37,26 @@ class Example(Protocol):
         """[T, L, H]."""
 
 
-class ExampleSource(Protocol):
-    """Random access to examples; `core.data.feature_shards.FeatureDataset` is one."""
+class MaskSource(Protocol):
+    """Examples as far as a selection looks at them."""
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> Example: ...
-
     def loss_mask(self, index: int) -> Tensor:
         """The example's mask alone, bool [T]."""
+
+
+class FeatureSource(Protocol):
+    """Examples with their features: read from shards, or streamed from the target as they come.
+
+    `core.data.feature_shards.FeatureDataset` is the first kind.
+    """
+
+    def announce(self, passes: Iterable[Sequence[int]]) -> None:
+        """Say which examples `take` will be asked for next, in order; drops an earlier plan."""
+
+    def take(self, indices: Sequence[int]) -> Sequence[Example]:
+        """The examples of one pass."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +85,7 @@ class Selection:
         return int(self.lengths_N.sum())
 
 
-def select_examples(source: ExampleSource, max_length: int) -> Selection:
+def select_examples(source: MaskSource, max_length: int) -> Selection:
     """Look at every loss mask once.
 
     Position i reads feature i and token i+1 to predict feature i+1, so the last position of a
@@ -114,7 +125,7 @@ class TrainingOrder:
         """
         if not len(selection):
             raise InputError(
-                f"features.path: none of the {selection.left_out} training examples has a "
+                f"none of the {selection.left_out} training examples has a "
                 f"supervised token within train.max_length={config.max_length}; raise it, or "
                 "prepare the data anew with answers that begin earlier"
             )
@@ -158,6 +169,15 @@ class TrainingOrder:
         sequence: the slowest worker sets the pace.
         """
         return split(self.global_batch(step)[rank::world_size], micro_batch_size)
+
+    def passes(
+        self, first_step: int, rank: int, world_size: int, micro_batch_size: int
+    ) -> Iterator[Indices]:
+        """One worker's passes from a step on to the end of the run, as they follow each other."""
+        # A copy, so that looking ahead into the next epoch does not drop this one's permutation.
+        ahead = replace(self)
+        for step in range(first_step, self.total_steps):
+            yield from ahead.micro_batches(step, rank, world_size, micro_batch_size)
 
     def supervised(self, step: int) -> int:
         """Supervised positions of the whole global batch: what its loss is divided by."""

@@ -15,19 +15,20 @@ import torch
 from transformers import AutoConfig
 
 from core.config import Config
-from core.data.feature_manifest import read_manifest
+from core.data.example_dataset import ExampleDataset
+from core.data.feature_manifest import Manifest, read_manifest
 from core.data.feature_shards import FeatureDataset
 from core.draft.base import DraftHead, TargetGeometry, build_head
 from core.draft.folder import save_head
 from core.draft.vocabulary import DraftVocabulary
-from core.errors import InputError
+from core.errors import ConfigError, InputError
 from core.models.target import target_fingerprint, target_folder
 from core.models.weights import load_embedding, load_output_head
 from core.tracking import MetricLog
 from core.train.batches import BatchMaker
 from core.train.engine import TrainingEngine, deepspeed_config
 from core.train.loop import Host, TrainingLoop
-from core.train.order import Selection, TrainingOrder, select_examples
+from core.train.order import FeatureSource, Selection, TrainingOrder, select_examples
 from core.train.state import TrainState, trim_metrics
 
 HEAD_FOLDER = "head"
@@ -41,7 +42,9 @@ class DraftTask:
     Attributes:
         config: resolved.
         target: the target's location, the same for every node.
-        features: the feature folder.
+        features: the feature folder; the folder of examples where features are streamed.
+        streamed: whether they are.
+        manifest: what the features are.
         fingerprint: of the target.
         vocabulary: that the head may propose.
         coverage: share of the supervised tokens that are in it.
@@ -52,6 +55,8 @@ class DraftTask:
     config: Config
     target: str
     features: Path
+    streamed: bool
+    manifest: Manifest
     fingerprint: str
     vocabulary: DraftVocabulary
     coverage: float
@@ -77,36 +82,65 @@ def count_parameters(config: Config, target: Path) -> int:
     return sum(parameter.numel() for parameter in head.parameters())
 
 
-def prepare(config: Config, target: str, features: Path) -> DraftTask:
+SourceOpener = Callable[[DraftTask, str], FeatureSource]
+"""Opens a split (`train`, `held_out`) of a task on a worker."""
+
+
+def open_shards(task: DraftTask, split: str) -> FeatureDataset:
+    """The features of a split, from disk."""
+    return FeatureDataset(task.features, split, task.fingerprint)
+
+
+def prepare(
+    config: Config, target: str, features: Path, streamed: Manifest | None = None
+) -> DraftTask:
     """Read what there is to train on; depends on config and inputs alone.
 
+    Args:
+        config: resolved.
+        target: its location.
+        features: the feature folder; with `streamed`, the folder of examples.
+        streamed: what the features will be where they are streamed; None where they are on disk.
     Raises:
         MismatchError: the features come from another target.
-        InputError: no features, or nothing supervised in them.
+        InputError: no features, nothing supervised in them, or an example too long to stream.
         ConfigError: fewer sequences than a global batch, or settings that exclude each other.
     """
     deepspeed_config(config.train, config.train.num_workers)
     folder = target_folder(target)
     fingerprint = target_fingerprint(folder)
-    dataset = FeatureDataset(features, TRAIN, fingerprint)
+
+    def open_split(split: str) -> FeatureDataset | ExampleDataset:
+        if streamed is not None:
+            return ExampleDataset(features, split)
+        return FeatureDataset(features, split, fingerprint)
+
+    dataset = open_split(TRAIN)
     geometry = TargetGeometry.of(AutoConfig.from_pretrained(folder))
     counts_V = dataset.token_counts(geometry.vocab_size)
     if not int(counts_V.sum()):
         raise InputError(
-            f"features.path={features}: no token of the {len(dataset)} training examples is "
+            f"{features}: no token of the {len(dataset)} training examples is "
             "supervised; prepare the data anew and look at it with prepare_data --inspect"
         )
     vocabulary = DraftVocabulary.from_counts(counts_V, config.draft.vocab_size)
     training = select_examples(dataset, config.train.max_length)
     held_out = None
-    if read_manifest(features).shards.get(HELD_OUT):
-        held_out = select_examples(
-            FeatureDataset(features, HELD_OUT, fingerprint), config.train.max_length
+    manifest = streamed or read_manifest(features)
+    if manifest.shards.get(HELD_OUT):
+        held_out = select_examples(open_split(HELD_OUT), config.train.max_length)
+    longest = min(config.train.max_length, manifest.max_length)
+    if streamed is not None and longest > geometry.max_position_embeddings:
+        raise ConfigError(
+            f"train.max_length={config.train.max_length}: the target takes sequences of up to "
+            f"{geometry.max_position_embeddings} tokens; lower it to that"
         )
     task = DraftTask(
         config=config,
         target=target,
         features=features,
+        streamed=streamed is not None,
+        manifest=manifest,
         fingerprint=fingerprint,
         vocabulary=vocabulary,
         coverage=vocabulary.coverage(counts_V),
@@ -118,12 +152,17 @@ def prepare(config: Config, target: str, features: Path) -> DraftTask:
 
 
 def train(
-    task: DraftTask, output: Path, run_id: str, host: Host, device: torch.device
+    task: DraftTask,
+    output: Path,
+    run_id: str,
+    host: Host,
+    device: torch.device,
+    open_source: SourceOpener = open_shards,
 ) -> dict[str, Any]:
     """Train on this worker; the first worker logs and saves the head to `<output>/head`.
 
-    Expects an initialized process group. Returns the figures of the report, the same on all
-    workers but for times.
+    Expects an initialized process group. Features come from where `open_source` says. Returns
+    the figures of the report, the same on all workers but for times.
     Raises:
         StageError: the loss is not a number; on all workers.
     """
@@ -139,11 +178,11 @@ def train(
     )
     held_out = None
     if task.held_out is not None:
-        held_out = _batch_maker(task, HELD_OUT, task.held_out, device)
+        held_out = _batch_maker(task, open_source(task, HELD_OUT), task.held_out, device)
     loop = TrainingLoop(
         engine=engine,
         order=task.order,
-        training=_batch_maker(task, TRAIN, task.training, device),
+        training=_batch_maker(task, open_source(task, TRAIN), task.training, device),
         held_out=held_out,
         config=task.config.train,
         host=host,
@@ -167,11 +206,11 @@ def _log_opener(task: DraftTask, output: Path, run_id: str) -> Callable[[int], M
 
 
 def _batch_maker(
-    task: DraftTask, split: str, selection: Selection, device: torch.device
+    task: DraftTask, source: FeatureSource, selection: Selection, device: torch.device
 ) -> BatchMaker:
     train = task.config.train
     return BatchMaker(
-        source=FeatureDataset(task.features, split, task.fingerprint),
+        source=source,
         selection=selection,
         dtype=getattr(torch, train.dtype),
         device=device,
@@ -201,7 +240,7 @@ def _figures(task: DraftTask, state: TrainState) -> dict[str, Any]:
 
 
 def _record(task: DraftTask, run_id: str, figures: dict[str, Any]) -> dict[str, Any]:
-    manifest = read_manifest(task.features)
+    manifest = task.manifest
     return {
         "target_fingerprint": task.fingerprint,
         "feature_layers": list(manifest.feature_layers),

@@ -31,7 +31,7 @@ from core.errors import StageError
 from core.models.target import target_fingerprint
 from core.models.tiny import byte_tokenizer, save_tiny_target
 from core.models.weights import load_embedding
-from core.runtime.extraction import MAX_ATTEMPTS, _count_attempt
+from core.runtime.pool import MAX_ATTEMPTS, count_attempt
 from jobs import benchmark, train_draft
 from jobs.extract_features import main
 
@@ -388,8 +388,8 @@ def test_a_shard_that_kills_every_replica_does_not_do_so_for_ever(
     output = tmp_path / "out"
     shard = output / "train" / "shard-00000.safetensors"
     for _ in range(MAX_ATTEMPTS):
-        _count_attempt(shard)
+        count_attempt(shard, "Lower features.batch_tokens")
     with pytest.raises(StageError, match=r"4 replicas crashed .*features\.batch_tokens"):
-        _count_attempt(shard)
+        count_attempt(shard, "Lower features.batch_tokens")
     assert main(arguments(examples, target, output)) == 0
     assert not list(output.glob("*/.*"))

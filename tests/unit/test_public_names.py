@@ -31,6 +31,7 @@ CONFIG = {
     "DraftConfig",
     "EvalConfig",
     "FeaturesConfig",
+    "GenerateConfig",
     "Section",
     "ServeConfig",
     "TargetConfig",

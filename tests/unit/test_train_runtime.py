@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from ray.train.v2.api.exceptions import WorkerGroupError
 from core.config import Config
 from core.errors import ConfigError, InputError, StageError
 from core.runtime import training
+from core.runtime.streaming import StreamBroken
 from jobs.train_draft import JOB
 from tests.tiny_features import write_tiny_features
 
@@ -59,6 +61,11 @@ def test_a_users_error_in_a_worker_is_the_users() -> None:
         1: UserExceptionWithTraceback(cause, "Traceback …"),
     }
     assert training._explain(WorkerGroupError("two workers failed", lost)) is cause
+    broken = StreamBroken(StageError("a target replica failed: out of memory"))
+    lost[1] = UserExceptionWithTraceback(pickle.loads(pickle.dumps(broken)), "Traceback …")
+    explained = training._explain(WorkerGroupError("two workers failed", lost))
+    assert isinstance(explained, StageError)
+    assert str(explained) == "a target replica failed: out of memory"
     explained = training._explain(WorkerGroupError("died", {0: lost[0]}))
     assert isinstance(explained, StageError)
     assert "the last checkpoint" in str(explained)

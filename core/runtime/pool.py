@@ -1,0 +1,120 @@
+"""A Ray Data pool of target replicas that work through shards."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.data import ActorPoolStrategy, DataContext
+
+from core import errors
+from core.errors import StageError
+from core.paths import TEMPORARY, naming_a_full_disk
+from core.progress import say
+
+# A shard that took its replica down so often (out of memory, most likely) ends the run.
+MAX_ATTEMPTS = 4
+
+
+@dataclass(frozen=True)
+class PoolSize:
+    """How many replicas are wanted, what each takes of its node, and how many are kept idle."""
+
+    replicas: int
+    cpus: float
+    gpus: float
+    fewest: int = 1
+
+
+def replicas_that_fit(size: PoolSize, num_tasks: int, stage: str, field: str) -> int:
+    """As many as asked for, as there are tasks, and as the nodes hold now; at least one."""
+    hold = 0
+    for node in ray.nodes():
+        if node["Alive"]:
+            there = node["Resources"]
+            fits = there.get("CPU", 0.0) // size.cpus
+            if size.gpus:
+                fits = min(fits, there.get("GPU", 0.0) // size.gpus)
+            hold += int(fits)
+    if hold < min(size.replicas, num_tasks):
+        say(stage, f"{field}={size.replicas}, of which {hold} fit now")
+    return max(1, min(size.replicas, num_tasks, hold))
+
+
+def run_pool(
+    tasks: Sequence[Mapping[str, Any]], replica: type, settings: Any, size: PoolSize, replicas: int
+) -> Iterator[Mapping[str, Any]]:
+    """Have the replicas work through tasks, each one row; rows come back in any order.
+
+    Args:
+        tasks: at least one.
+        replica: its constructor takes `settings`; called with a batch of one row, returns one.
+        settings: can be pickled.
+        size: see `PoolSize`.
+        replicas: to start with.
+    Yields:
+        The rows that `replica` returns. `error` and `kind` say what it raised, if anything: as a
+        row it reaches the driver as one message, not as Ray's nested tracebacks.
+    Raises:
+        AerieError: what a replica raised.
+    """
+    quiet_ray_data()
+    most = max(replicas, min(size.replicas, len(tasks)))
+    rows = ray.data.from_items(list(tasks), override_num_blocks=len(tasks)).map_batches(
+        replica,
+        fn_constructor_args=(settings,),
+        batch_size=1,
+        # Fewer than it starts with will do: when a node is lost for good, the others finish its
+        # work, and when one joins, the pool grows.
+        compute=ActorPoolStrategy(
+            min_size=min(size.fewest, replicas),
+            initial_size=replicas,
+            max_size=most,
+            # A shard takes long enough that queueing a second behind it gains nothing.
+            max_tasks_in_flight_per_actor=1,
+        ),
+        num_cpus=size.cpus,
+        num_gpus=size.gpus or None,
+    )
+    # Ray Data spreads the actors over the nodes and restarts them, with their shard, for ever.
+    for row in rows.iter_rows():
+        if row["error"]:
+            raise getattr(errors, row["kind"], StageError)(row["error"])
+        yield row
+
+
+def quiet_ray_data() -> None:
+    """Our own progress lines say it."""
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    # With one shard in flight a replica is fully used at 1.0.
+    context.autoscaling_config.actor_pool_util_upscaling_threshold = 1.0
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    # It warns that the bars are off.
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
+
+
+def attempts_file(shard: Path) -> Path:
+    """A file as long as there were attempts at a shard; it outlives a replica that crashes."""
+    return shard.with_name(f".{shard.name}.attempts{TEMPORARY}")
+
+
+def count_attempt(shard: Path, advice: str) -> None:
+    """Take note of an attempt at a shard.
+
+    Raises:
+        StageError: it has been tried too often.
+    """
+    with naming_a_full_disk(shard):
+        shard.parent.mkdir(parents=True, exist_ok=True)
+        with attempts_file(shard).open("ab") as file:
+            file.write(b".")
+    if attempts_file(shard).stat().st_size > MAX_ATTEMPTS:
+        raise StageError(
+            f"{MAX_ATTEMPTS} replicas crashed while they computed {shard}; out of memory? {advice}"
+        )
