@@ -217,7 +217,7 @@ def drop_leading_assistant_turns(messages: Messages) -> Messages:
     """Answers before the first question: dumps split long conversations anywhere."""
     head, turns = _split_system(messages)
     first = next((i for i, m in enumerate(turns) if m.role == "user"), len(turns))
-    if first == 0:
+    if turns and first == 0:
         return messages
     return head + turns[first:] if turns[first:] else ()
 
