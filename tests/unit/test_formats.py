@@ -111,7 +111,12 @@ def test_prompts_and_text_know_what_they_are_for():
 
 
 ROUNDS = [["ask", "q"], ["ans", "a"]]
-ACTION = {"inner_thought": "Look.", "api_name": "find", "api_param": '{"k": 1}', "api_res": {"n": 2}}
+ACTION = {
+    "inner_thought": "Look.",
+    "api_name": "find",
+    "api_param": '{"k": 1}',
+    "api_res": {"n": 2},
+}
 GDGPT = [
     ({"type": "pretrain", "text": "t"}, ["assistant: t"]),
     ({"type": "instruct", "instruct": "i", "output": "o"}, ["user: i", "assistant: o"]),

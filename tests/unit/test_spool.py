@@ -25,7 +25,9 @@ def many(count, start=0):
     return [
         {
             "id": f"c{i}",
-            "conversations": turns(f"question {i}", " ".join(map(str, rng.sample(range(9999), 60)))),
+            "conversations": turns(
+                f"question {i}", " ".join(map(str, rng.sample(range(9999), 60)))
+            ),
         }
         for i in range(start, start + count)
     ]
