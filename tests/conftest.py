@@ -11,7 +11,9 @@ from transformers import AutoTokenizer
 
 from core.config import TargetConfig
 from core.data.cleaning import CleaningCounts, clean
-from core.data.conversations import Conversation, parse_sharegpt, read_records
+from core.data.conversations import Conversation
+from core.data.formats import read_sharegpt
+from core.data.records import read_records
 from core.models.target import Target, load_target
 from core.models.tiny import byte_tokenizer, save_tiny_target
 from core.paths import resolve_path
@@ -57,7 +59,7 @@ def sharegpt_path() -> Path:
 @pytest.fixture(scope="session")
 def real_conversations(sharegpt_path: Path) -> list[Conversation]:
     """The first 200 ShareGPT conversations that survive cleaning."""
-    parsed = (parse_sharegpt(r.value, "sharegpt") for r in read_records(sharegpt_path))
+    parsed = (read_sharegpt(r.parse(), "sharegpt") for r in read_records(sharegpt_path))
     cleaned = (clean(conversation, CleaningCounts()) for conversation in parsed)
     return list(islice((c for c in cleaned if c is not None), 200))
 

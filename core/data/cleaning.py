@@ -7,6 +7,7 @@ Vicuna's (FastChat's `data/clean_sharegpt.py`), with what later dumps turned out
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import re
 from collections import Counter
@@ -89,7 +90,7 @@ class CleaningCounts:
         for what, rules in other["samples"].items():
             for rule, samples in rules.items():
                 for content, sample in samples.items():
-                    self.sample(what, rule, content, lambda sample=sample: sample)
+                    self.sample(what, rule, content, functools.partial(_itself, sample))
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for `merge`."""
@@ -109,6 +110,10 @@ class CleaningCounts:
             what: {rule: [found[key] for key in sorted(found)] for rule, found in rules.items()}
             for what, rules in self.samples.items()
         }
+
+
+def _itself(sample: Any) -> Any:
+    return sample
 
 
 def clean(
@@ -217,7 +222,7 @@ def drop_leading_assistant_turns(messages: Messages) -> Messages:
     """Answers before the first question: dumps split long conversations anywhere."""
     head, turns = _split_system(messages)
     first = next((i for i, m in enumerate(turns) if m.role == "user"), len(turns))
-    if first == 0:
+    if turns and first == 0:
         return messages
     return head + turns[first:] if turns[first:] else ()
 

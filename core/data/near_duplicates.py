@@ -117,9 +117,8 @@ def _groups(
         keys_N ^= keys_N >> np.uint64(31)
     order_N = np.lexsort((rank_N, keys_N))
     sorted_N = keys_N[order_N]
-    starts = np.flatnonzero(np.r_[True, sorted_N[1:] != sorted_N[:-1]]) if len(keys_N) else []
-    ends = np.r_[starts[1:], len(keys_N)] if len(keys_N) else []
-    for start, end in zip(starts, ends, strict=True):
+    changes = np.flatnonzero(sorted_N[1:] != sorted_N[:-1]) + 1
+    for start, end in zip([0, *changes], [*changes, len(keys_N)], strict=True):
         if end - start > 1:
             yield order_N[start:end]
 

@@ -63,11 +63,12 @@ def encode_parts(
     head = messages[:1] if messages[0].role == "system" else ()
     rounds = _rounds(messages[len(head) :])
     costs = _costs(mask, rounds, len(ids))
-    extra = _head_tokens(tokenizer, head, rounds[0])
+    extra = _head_tokens(tokenizer, head)
     parts = []
     first = 0
     while first < len(rounds):
         end = _as_many_as_fit(costs, first, extra if first else 0, max_length)
+        # The estimate may be a few tokens too low; then the last round waits for the next part.
         while True:
             chosen = (*head, *(message for one in rounds[first:end] for message in one))
             ids, mask = encode_conversation(tokenizer, chosen, WHOLE)
@@ -114,13 +115,15 @@ def _costs(mask: Mask, rounds: list[list[Message]], num_tokens: int) -> npt.NDAr
     return np.ceil(characters * (num_tokens / characters.sum())).astype(np.int64)
 
 
-def _head_tokens(
-    tokenizer: PreTrainedTokenizerBase, head: Sequence[Message], first: Sequence[Message]
-) -> int:
-    """About how many tokens stand in front of every part's first question."""
-    prompt = len(encode_prompt(tokenizer, [*head, first[0]]))
-    own: list[int] = tokenizer(first[0].content, add_special_tokens=False)["input_ids"]
-    return max(0, prompt - len(own))
+def _head_tokens(tokenizer: PreTrainedTokenizerBase, head: Sequence[Message]) -> int:
+    """About how many tokens stand in front of every part's first question, rather too few.
+
+    What a second round adds is taken from what the first one has.
+    """
+    question, answer = Message("user", "a"), Message("assistant", "b")
+    first = len(encode_prompt(tokenizer, [*head, question]))
+    second = len(encode_prompt(tokenizer, [*head, question, answer, question]))
+    return max(0, first - (second - first))
 
 
 def _as_many_as_fit(costs: npt.NDArray[np.int64], first: int, extra: int, max_length: int) -> int:

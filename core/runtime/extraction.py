@@ -120,6 +120,7 @@ def extract_features(config: Config, folder: RunFolder) -> Mapping[str, Any]:
     records = _records(output, manifest)
     tokens = {split: sum(r.tokens for r in found) for split, found in records.items()}
     padded = sum(r.padded_tokens for found in records.values() for r in found)
+    written = sum(r.bytes for found in records.values() for r in found)
     return {
         "train_tokens": tokens["train"],
         "held_out_tokens": tokens["held_out"],
@@ -127,8 +128,8 @@ def extract_features(config: Config, folder: RunFolder) -> Mapping[str, Any]:
         "shards_before": skipped,
         "tokens_per_second": results.tokens_per_second,
         "padding_waste": 1 - sum(tokens.values()) / padded,
-        "bytes": (size := sum(r.bytes for found in records.values() for r in found)),
-        "bytes_per_token": size / sum(tokens.values()),
+        "bytes": written,
+        "bytes_per_token": written / sum(tokens.values()),
         "replicas": replicas,
         "nodes": len(results.nodes),
         "hidden_size": manifest.hidden_size,

@@ -32,7 +32,6 @@ from core.data.conversation_shards import (
     write_shard,
 )
 from core.data.conversations import Conversation, Message
-from core.data.corpus import read_corpus
 from core.data.synthesis import PromptFilter, user_turn
 from core.decode.answering import (
     ANSWERS,
@@ -58,11 +57,14 @@ from core.provenance import RunFolder
 from core.runtime.pool import PoolSize, attempts_file, count_attempt, replicas_that_fit, run_pool
 from core.runtime.preparation import preparation_inputs
 from core.runtime.resources import Resources
+from core.runtime.scanning import selected_conversations
 
 STAGE = "regenerate_responses"
 CONVERSATIONS = "conversations.jsonl"
 ANSWERED, PROMPTS = "shards", "prompts"
 SYNTHETIC = "synthetic"
+ASIDE = ".unfinished"
+OWN_ROLES = ("system", "user", "assistant")
 COUNTED = (GENERATED, ANSWERS, CUT, EMPTY, NO_ROOM)
 
 
@@ -117,7 +119,7 @@ def regenerate_responses(config: Config, folder: RunFolder) -> Mapping[str, Any]
     if config.generate.synthesize:
         conversations, figures["synthesis"] = _synthesize(config, output, pool)
     else:
-        conversations = _cleaned(paths["data.path"], config)
+        conversations = _cleaned(config, output)
     tasks = [
         {
             "shard": str(output / ANSWERED / f"shard-{number:05d}.jsonl"),
@@ -146,9 +148,15 @@ def regenerate_responses(config: Config, folder: RunFolder) -> Mapping[str, Any]
     }
 
 
-def _cleaned(path: Path, config: Config) -> list[Conversation]:
-    """The conversations that prepare_data would take, each with an id of its own, in its order."""
-    return [conversation for conversation, _ in read_corpus(path, config).selected]
+def _cleaned(config: Config, output: Path) -> list[Conversation]:
+    """The conversations that prepare_data would take; a tool's answers nobody can give again."""
+    found = selected_conversations(config, output / ASIDE)
+    kept = [one for one in found if all(message.role in OWN_ROLES for message in one.messages)]
+    if len(kept) < len(found):
+        say(STAGE, f"{len(found) - len(kept):,} conversations with tool calls are left out")
+    if not kept:
+        raise InputError(f"data.path={config.data.path}: no conversation that can be answered")
+    return kept
 
 
 def _parts(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:

@@ -11,11 +11,13 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import ray.data
 
 from core.config import Config
 from core.config.sections import DataConfig
 from core.data.cleaning import rules_for
+from core.data.conversations import Conversation, unpack_messages
 from core.data.records import Source, find_sources
 from core.data.scan import ScanCounts, read_blocks, scan_block
 from core.data.spool import Spool, num_partition_bits, select
@@ -85,6 +87,26 @@ def scan(config: Config, aside: Path) -> dict[str, Any]:
         "first_bad": first_bad,
         "samples": counts.cleaning.shown_samples(),
     }
+
+
+def selected_conversations(config: Config, aside: Path) -> list[Conversation]:
+    """What prepare_data would take, in its order; texts without turns are left out.
+
+    Args:
+        config: section data.
+        aside: a folder to work in, which is removed.
+    """
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    scan(config, aside)
+    with pq.ParquetFile(aside / SELECTED) as file:
+        rows = file.read().to_pylist()
+    shutil.rmtree(aside)
+    return [
+        Conversation(row["id"], unpack_messages(row["messages"]), row["source"], row["kind"])
+        for row in rows
+        if row["kind"] != "text"
+    ]
 
 
 def _say_what_was_read(

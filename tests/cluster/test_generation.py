@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import torch
 
-from core.config import Config, GenerateConfig
+from core.config import GenerateConfig
 from core.data.conversations import Conversation, Message
-from core.data.corpus import read_corpus
+from core.data.formats import read_record
 from core.data.template import encode_prompt
 from core.decode.answering import Answerer
 from core.models.target import Target
@@ -127,9 +127,9 @@ def test_answers_are_the_targets_own_each_on_top_of_those_before(
 
 
 def test_what_is_written_is_what_prepare_data_reads(finished: Path) -> None:
-    corpus = read_corpus(finished / "conversations.jsonl", Config())
-    assert corpus.conversations_read == 24
-    assert corpus.bad_records == 0
+    read = [read_record(record, "source") for record in _records(finished)]
+    assert len(read) == 24
+    assert {name for name, _ in read} == {"sharegpt"}
 
 
 def test_a_missing_shard_is_made_alone_by_one_replica(

@@ -1,14 +1,17 @@
 """Each cleaning rule on what it is for and on what it must leave alone."""
 
+import json
 import random
+from typing import get_args
 
 import pytest
 
-from core.data.cleaning import CleaningCounts, clean
+from core.config.sections import RuleName
+from core.data.cleaning import RULES, CleaningCounts, clean, mask_personal_data, rules_for
 from core.data.conversations import Conversation, Message, Role
-from core.data.selection import Selection, content_hash, is_held_out
+from core.data.language import known_languages
 
-ROLES: dict[str, Role] = {"s": "system", "u": "user", "a": "assistant"}
+ROLES: dict[str, Role] = {"s": "system", "u": "user", "a": "assistant", "t": "tool"}
 
 
 def conversation(*turns, id=""):
@@ -98,63 +101,130 @@ def test_real_conversations_come_out_well_formed(real_conversations):
         assert all(m.content == m.content.strip() != "" for m in one.messages)
 
 
-def many(count):
-    return [conversation(f"u:question {i}", f"a:answer {i}", id=f"c{i}") for i in range(count)]
+PAGE = (
+    '<div class="markdown prose w-full"><p>Use <strong>this</strong>:</p><pre><div class="bar">'
+    "<span>python</span><button>Copy code</button></div><div><code "
+    'class="hljs language-python">def f(a_b):\n    return a_b &lt; 1  # *x*</code></div></pre>'
+    '<ol><li>one</li><li>two <a href="https://x.org">link</a></li></ol></div>'
+)
 
 
-def selected(conversations, limit, seed=0):
-    selection = Selection(limit, seed)
-    for one in conversations:
-        selection.add(one)
-    return [one for _, one in selection.ordered()]
+def test_html_becomes_markdown_with_its_code_as_it_was():
+    (_, answer), applied = cleaned("u:q", f"a:{PAGE}")
+    assert "```python\ndef f(a_b):\n    return a_b < 1  # *x*\n```" in answer
+    assert answer.startswith("a:Use **this**:")
+    assert "1. one" in answer
+    assert "two [link](https://x.org)" in answer
+    assert "Copy code" not in answer
+    assert "<" not in answer.replace("a_b < 1", "")
+    assert applied == {"html"}
 
 
-def test_selection_does_not_depend_on_order_nor_on_the_limit():
-    given = many(300)
-    shuffled = random.Random(1).sample(given, k=len(given))
-    few, all_of_them = selected(given, 40), selected(given, None)
-    assert len(few) == 40
-    assert selected(shuffled, 40) == few
-    assert all_of_them[:40] == few
-    assert sorted(one.id for one in all_of_them) == sorted(one.id for one in given)
-    assert selected(given, 40, seed=1) != few
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Use `<div>` for that:\n\n```html\n<div><p>x</p></div>\n```",
+        "if a <b> c and d</b>",
+        "<div> is a tag",
+        "1 < 2 and 3 > 2",
+        "<script>alert(1)</script>",
+        "see <https://x.org>",
+    ],
+)
+def test_texts_about_html_stay(text):
+    assert cleaned(f"u:{text}", f"a:{text}") == ([f"u:{text}", f"a:{text}"], set())
 
 
-def test_selection_is_stable_under_growth():
-    before = {one.id for one in selected(many(300), 40)}
-    after = {one.id for one in selected(many(330), 40)}
-    assert after - before <= {f"c{i}" for i in range(300, 330)}
-    assert len(after & before) >= 25
+def test_rules_can_be_off():
+    turns = ["u:q\u200b ", "a:<p>x</p>"]
+    rules = rules_for(get_args(RuleName), (), (), False)
+    assert set(rules) == {"broken_characters"}
+    counts = CleaningCounts()
+    one = clean(conversation(*turns), counts, rules)
+    assert one is not None
+    assert [m.content for m in one.messages] == ["q\u200b ", "<p>x</p>"]
+    assert not counts.changed + counts.dropped
+    assert set(get_args(RuleName)) == set(RULES) - {"broken_characters"}
 
 
-def test_duplicates_are_dropped_whatever_their_order():
-    twin_a = conversation("u:same", "a:same", id="a")
-    twin_b = conversation("u:same", "a:same", id="b")
-    for order in ([twin_a, twin_b], [twin_b, twin_a]):
-        selection = Selection(5, seed=0)
-        for one in [*order, *many(3)]:
-            selection.add(one)
-        assert selection.num_duplicates == 1
-        assert {one.id for _, one in selection.ordered()} == {"a", "c0", "c1", "c2"}
+LANGUAGES = {
+    "en": "How do I bake bread at home without a machine or any yeast?",
+    "de": "Wie backe ich zu Hause Brot ohne Maschine und ganz ohne Hefe?",
+    "zh": "如何在没有机器和酵母的情况下在家烤面包？请详细说明步骤。",
+}
 
 
-def test_ids_are_unique_and_never_empty():
-    given = [
-        conversation("u:1", "a:1", id="x"),
-        conversation("u:2", "a:2", id="x"),
-        conversation("u:3", "a:3"),
-    ]
-    ids = [one.id for one in selected(given, None)]
-    assert len(set(ids)) == 3
-    assert "x" in ids
-    assert content_hash(given[2]) in ids
+@pytest.mark.parametrize(
+    ("only", "dropped", "left"),
+    [(["en"], [], {"en"}), ([], ["zh"], {"en", "de"}), (["en", "de"], ["de"], {"en"})],
+)
+def test_languages_are_kept_or_dropped(only, dropped, left):
+    rules, counts = rules_for((), only, dropped, False), CleaningCounts()
+    kept = {
+        code
+        for code, text in LANGUAGES.items()
+        if clean(conversation(f"u:{text}", f"a:{text}"), counts, rules)
+    }
+    assert kept == left
+    assert counts.dropped["language"] == len(LANGUAGES) - len(left)
+    assert set(LANGUAGES) <= known_languages()
 
 
-def test_held_out_share_is_met_and_independent_of_selection():
-    given = many(4000)
-    taken = selected(given, 2000)
-    for group in (given, taken):
-        share = sum(is_held_out(content_hash(one), 0.1, 0) for one in group) / len(group)
-        # Binomial: four standard deviations of 2,000 draws are 0.027.
-        assert abs(share - 0.1) < 0.027
-    assert not any(is_held_out(content_hash(one), 0.0, 0) for one in given)
+@pytest.mark.parametrize(
+    ("text", "masked"),
+    [
+        ("write to jo.doe+x@mail.example.org now", "write to <EMAIL> now"),
+        ("call +49 171 1234567 or (555) 123-4567.", "call <PHONE> or <PHONE>."),
+        ("555-123-4567", "<PHONE>"),
+    ],
+)
+def test_personal_data_is_masked_where_asked(text, masked):
+    rules, counts = rules_for((), (), (), True), CleaningCounts()
+    one = clean(conversation(f"u:{text}", "a:r"), counts, rules)
+    assert one is not None
+    assert one.messages[0].content == masked
+    assert counts.changed["personal_data"] == 1
+    assert cleaned(f"u:{text}", "a:r") == ([f"u:{text}", "a:r"], set())
+
+
+@pytest.mark.parametrize(
+    "text", ["2023-04-01", "1,234,567", "id 12345678901", "192.168.100.200", "x@y", "3.14159265"]
+)
+def test_numbers_that_are_no_telephones_stay(text):
+    assert mask_personal_data((Message("user", text),))[0].content == text
+
+
+def test_samples_are_the_three_of_smallest_hash_in_any_order():
+    given = [conversation(f"u:q{i} ", f"a:r{i}", id=f"c{i}") for i in range(20)]
+    pictures = []
+    for seed in range(3):
+        counts = CleaningCounts()
+        for one in random.Random(seed).sample(given, k=20):
+            block = CleaningCounts()
+            clean(one, block)
+            counts.merge(json.loads(json.dumps(block.as_dict())))
+        pictures.append(counts.shown_samples())
+        assert counts.changed["white_space"] == 20
+    assert pictures[0] == pictures[1] == pictures[2]
+    samples = pictures[0]["changed"]["white_space"]
+    assert len(samples) == 3
+    number = samples[0]["id"].removeprefix("c")
+    assert samples[0] == {
+        "id": f"c{number}",
+        "before": f"user: q{number} \nassistant: r{number}",
+        "after": f"user: q{number}\nassistant: r{number}",
+    }
+
+
+def test_texts_and_prompts_keep_what_they_are():
+    text = Conversation("", (Message("assistant", " running text "),), "f", "text")
+    prompt = Conversation("", (Message("user", "why? "),), "f", "prompt")
+    for one, expected in ((text, "running text"), (prompt, "why?")):
+        kept = clean(one, CleaningCounts())
+        assert kept is not None
+        assert [m.content for m in kept.messages] == [expected]
+
+
+def test_tool_turns_survive_between_the_assistants():
+    turns = ["u:q", "a:call", "t:result", "t:more", "a:answer", "u:bye", "t:late"]
+    assert cleaned(*turns)[0] == ["u:q", "a:call", "t:result\n\nmore", "a:answer"]

@@ -21,7 +21,14 @@ from core.data.examples import (
     write_examples,
 )
 from core.data.inspection import coloured, show_examples, verify_folder
-from core.data.prompts import Prompt, PromptPool, prompts_of, read_prompts, write_prompts
+from core.data.prompts import (
+    Prompt,
+    PromptPool,
+    prompts_of,
+    questions_of,
+    read_prompts,
+    write_prompts,
+)
 from core.data.template import encode_conversation, template_hash, tokenizer_hash
 from core.errors import InputError, MismatchError
 
@@ -171,23 +178,30 @@ def test_a_line_that_is_no_prompt_is_named(tmp_path, line):
         read_prompts(path)
 
 
-def test_prompts_that_training_has_seen_are_left_out():
-    def asks(name, first):
+def test_prompts_that_training_has_seen_are_left_out(tmp_path):
+    pool = PromptPool(tmp_path / "candidates.jsonl", max_tokens=50)
+
+    def asks(name, first, lengths=None):
         turns = (
             ("user", first),
             ("assistant", "a"),
             ("user", f"{first} again"),
             ("assistant", "b"),
         )
-        return Conversation(name, tuple(Message(*turn) for turn in turns), "x")
+        one = Conversation(name, tuple(Message(*turn) for turn in turns), "x")
+        if lengths is None:
+            pool.saw(questions_of(one))
+        else:
+            pool.offer(questions_of(one), zip(prompts_of(one), lengths, strict=True))
 
-    pool = PromptPool(max_tokens=50)
-    pool.add(asks("both fit", "1"), True, [10, 50])
-    pool.add(asks("first fits", "2"), True, [10, 51])
-    pool.add(asks("trained first", "3"), True, [10, 10])
-    pool.add(asks("trained later", "4 again"), True, [10, 10])
-    pool.add(asks("asked before", "1"), True, [10, 10])
-    pool.add(asks("too long", "5"), True, [51, 52])
-    pool.add(asks("training", "3"), False, [])
-    pool.add(asks("training too", "4"), False, [])
-    assert [p.id for p in pool.prompts()] == ["both fit/1", "both fit/2", "first fits/1"]
+    asks("both fit", "1", [10, 50])
+    asks("first fits", "2", [10, 51])
+    asks("trained first", "3", [10, 10])
+    asks("trained later", "4 again", [10, 10])
+    asks("asked before", "1", [10, 10])
+    asks("too long", "5", [51, 52])
+    asks("training", "3")
+    asks("training too", "4")
+    assert pool.write(tmp_path / "prompts.jsonl") == 3
+    found = [p.id for p in read_prompts(tmp_path / "prompts.jsonl")]
+    assert found == ["both fit/1", "both fit/2", "first fits/1"]

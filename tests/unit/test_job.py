@@ -27,11 +27,11 @@ NOWHERE = "203.0.113.1:6379"  # reserved for documentation: connecting to it wou
 
 
 def _inputs(config: Config) -> dict[str, Path]:
-    return {"data.path": resolve_path(config.data.path or "", field="data.path")}
+    return {"data.path": resolve_path(str(config.data.path or ""), field="data.path")}
 
 
 def _count(config: Config, folder: RunFolder) -> Mapping[str, Any]:
-    text = resolve_path(config.data.path or "", field="data.path").read_text()
+    text = resolve_path(str(config.data.path or ""), field="data.path").read_text()
     with (folder.path / "runs").open("a") as file:
         file.write("x")
     return {"characters": len(text)}

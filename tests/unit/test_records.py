@@ -3,19 +3,15 @@
 import json
 import tracemalloc
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import core.data.conversations as conversations
-from core.data.conversations import (
-    CHUNK_BYTES,
-    Message,
-    RecordError,
-    parse_sharegpt,
-    read_records,
-)
-from core.errors import InputError
+import core.data.records as records_module
+from core.data.records import CHUNK_BYTES, HubReader, find_sources, read_records
+from core.errors import ConfigError, InputError
 
 RECORDS = [
     {"id": "a", "conversations": [{"from": "human", "value": 'Grüße 世界 😀 "quoted" \\ ]}'}]},
@@ -29,13 +25,13 @@ RECORDS = [
 
 
 def values(path):
-    return [record.value for record in read_records(path)]
+    return [record.parse() for record in read_records(path)]
 
 
 @pytest.fixture
 def small_chunks(monkeypatch):
     """So that every place in a small file falls on the end of a buffer."""
-    monkeypatch.setattr(conversations, "CHUNK_BYTES", 3)
+    monkeypatch.setattr(records_module, "CHUNK_BYTES", 3)
 
 
 @pytest.mark.parametrize("indent", [None, 2])
@@ -62,9 +58,9 @@ def test_every_cut_gives_the_complete_records(tmp_path_factory, records, chunk, 
     path = tmp_path_factory.mktemp("cut") / "records.json"
     path.write_bytes(whole[:cut])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(conversations, "CHUNK_BYTES", chunk)
+        patch.setattr(records_module, "CHUNK_BYTES", chunk)
         reader = read_records(path)
-        found = [record.value for record in reader]
+        found = [record.parse() for record in reader]
     assert found == records[: len(found)]
     assert reader.truncated == (cut < len(whole))
     if cut == len(whole):
@@ -74,13 +70,13 @@ def test_every_cut_gives_the_complete_records(tmp_path_factory, records, chunk, 
 @pytest.mark.parametrize("number", ["0.5", "12e3", "1E+2", "-3.25e-1", "120"])
 @pytest.mark.parametrize("chunk", [1, 2, 3])
 def test_a_number_may_be_anywhere_in_the_buffer(tmp_path, monkeypatch, number, chunk):
-    monkeypatch.setattr(conversations, "CHUNK_BYTES", chunk)
+    monkeypatch.setattr(records_module, "CHUNK_BYTES", chunk)
     path = tmp_path / "records.json"
     path.write_text(f"[{number}, {number}]")
     assert values(path) == [json.loads(number)] * 2
     path.write_text(f"[1, {number}")
     reader = read_records(path)
-    assert [record.value for record in reader] == [1]
+    assert [record.parse() for record in reader] == [1]
     assert reader.truncated == 1
 
 
@@ -89,15 +85,26 @@ def test_jsonl_counts_malformed_lines_as_bad_records(tmp_path):
     path.write_text('\ufeff{"id": 1}\n\n{"id": \n[3]\n{"id": 4}', encoding="utf-8")
     records = list(read_records(path))
     assert [record.index for record in records] == [0, 1, 2, 3]
-    assert [record.value for record in records] == [{"id": 1}, None, [3], {"id": 4}]
-    assert "not valid JSON" in (records[1].problem or "")
+    good = [record.parse() for record in records if record.index != 1]
+    assert good == [{"id": 1}, [3], {"id": 4}]
+    with pytest.raises(ValueError, match="not valid JSON"):
+        records[1].parse()
+
+
+def test_a_line_in_another_encoding_stands_alone(tmp_path):
+    path = tmp_path / "records.jsonl"
+    path.write_bytes(b'{"id": 1}\n"Gr\xfc\xdfe"\n{"id": 2}\n')
+    records = list(read_records(path))
+    assert [records[0].parse(), records[2].parse()] == [{"id": 1}, {"id": 2}]
+    with pytest.raises(ValueError, match="not UTF-8"):
+        records[1].parse()
 
 
 def test_jsonl_that_ends_in_mid_record_is_truncated(tmp_path):
     path = tmp_path / "records.jsonl"
     path.write_text('{"id": 1}\n{"id": "ab')
     reader = read_records(path)
-    assert [record.value for record in reader] == [{"id": 1}]
+    assert [record.parse() for record in reader] == [{"id": 1}]
     assert reader.truncated == 1
 
 
@@ -153,45 +160,43 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
 
 def test_the_real_file_gives_all_its_conversations(sharegpt_path):
     reader = read_records(sharegpt_path)
-    assert len([parse_sharegpt(record.value, "x") for record in reader]) == 17_671
+    assert sum("conversations" in record.parse() for record in reader) == 17_671
     assert reader.truncated == 1
 
 
-def test_roles_are_mapped():
-    turns = [("system", "s"), ("human", "q"), ("gpt", "a"), ("user", "q"), ("bing", "a")]
-    value = {"id": 7, "conversations": [{"from": f, "value": v} for f, v in turns]}
-    conversation = parse_sharegpt(value, "file.json")
-    assert conversation.id == "7"
-    assert conversation.source == "file.json"
-    assert conversation.messages == (
-        Message("system", "s"),
-        Message("user", "q"),
-        Message("assistant", "a"),
-        Message("user", "q"),
-        Message("assistant", "a"),
-    )
+def test_parquet_rows_are_records(tmp_path):
+    rows = [{"id": str(i), "messages": [{"role": "user", "content": f"{i}"}]} for i in range(600)]
+    path = tmp_path / "rows.parquet"
+    pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=250)
+    (source,) = find_sources(str(path), field="data.path")
+    assert [record.parse() for record in source.read()] == rows
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(InputError, match="cannot be read as Parquet"):
+        list(source.read())
 
 
-@pytest.mark.parametrize(
-    ("value", "got"),
-    [
-        (42, "42"),
-        (None, "null"),
-        ([1], "[1]"),
-        ({"foo": 1}, '{"foo": 1}'),
-        ({"conversations": "hello"}, '"hello" there'),
-        ({"conversations": [3]}, "turn 0: expected 'from' and a text 'value', got 3"),
-        ({"conversations": [{"from": "human"}]}, "turn 0: expected"),
-        ({"conversations": [{"value": "x"}]}, "turn 0: expected"),
-        ({"conversations": [{"from": "human", "value": None}]}, "turn 0"),
-        ({"conversations": [{"from": ["human"], "value": "x"}]}, "turn 0"),
-        (
-            {"conversations": [{"from": "gpt", "value": ""}, {"from": "alien", "value": "x"}]},
-            'turn 1: from="alien"',
-        ),
-    ],
-)
-def test_a_value_that_is_no_conversation_says_what_it_is(value, got):
-    with pytest.raises(RecordError) as caught:
-        parse_sharegpt(value, "x")
-    assert got in str(caught.value)
+def test_hub_data_sets_are_read_by_datasets(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.jsonl").write_text(json.dumps({"prompt": split}) + "\n")
+    (source,) = find_sources(f"hub://{tmp_path}?split=test", field="data.path")
+    assert [record.parse() for record in source.read()] == [{"prompt": "test"}]
+    (missing,) = find_sources(f"hub://{tmp_path}?split=dev", field="data.path")
+    with pytest.raises(InputError, match="check the id, the split"):
+        list(missing.read())
+    with pytest.raises(ConfigError, match="expected hub://"):
+        HubReader("hub://some/set?shard=3")
+
+
+def test_sources_are_files_folders_and_lists(tmp_path):
+    for name in ("b.jsonl", "a.json", "c.parquet", "notes.txt"):
+        (tmp_path / name).write_text("[]")
+    (tmp_path / "empty").mkdir()
+    one = str(tmp_path / "b.jsonl")
+    assert [s.name for s in find_sources((one, str(tmp_path)), field="data.path")] == [
+        "b.jsonl", "a.json", "b.jsonl", "c.parquet",
+    ]  # fmt: skip
+    with pytest.raises(InputError, match="in that folder"):
+        find_sources(str(tmp_path / "empty"), field="data.path")
+    with pytest.raises(InputError, match="no such file"):
+        find_sources(str(tmp_path / "none.json"), field="data.path")

@@ -13,7 +13,8 @@ from core.data.conversation_shards import (
     read_shard,
     write_shard,
 )
-from core.data.conversations import Conversation, Message, parse_sharegpt
+from core.data.conversations import Conversation, Message
+from core.data.formats import read_sharegpt
 from core.data.synthesis import PromptFilter, UserTurn, user_turn
 from core.data.template import TemplateError
 from core.models.tiny import byte_tokenizer
@@ -83,7 +84,7 @@ def test_what_is_kept_is_the_users_words_once(chosen: PromptFilter) -> None:
 def test_records_are_those_that_prepare_data_reads() -> None:
     turns = (Message("system", "S"), Message("user", "Ü?"), Message("assistant", "A"))
     conversation = Conversation("id", turns, "source")
-    assert parse_sharegpt(as_sharegpt(conversation), "source") == conversation
+    assert read_sharegpt(as_sharegpt(conversation), "source") == conversation
 
 
 def test_shards_are_finished_when_whole_and_join_in_order(tmp_path: Path) -> None:
