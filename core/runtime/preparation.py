@@ -11,7 +11,6 @@ of the input nor on the number of workers; memory grows by hashes alone.
 
 from __future__ import annotations
 
-import errno
 import json
 import shutil
 import time
@@ -31,7 +30,7 @@ from core.data.records import HUB_SCHEME, find_sources
 from core.data.template import template_hash, tokenizer_hash
 from core.errors import ConfigError, InputError, ResourceError
 from core.models.target import target_folder
-from core.paths import resolve_path, write_atomically
+from core.paths import naming_a_full_disk, resolve_path, write_atomically
 from core.progress import Progress, say
 from core.provenance import RunFolder
 from core.runtime.encoding import encode_all, load_chat_tokenizer
@@ -98,17 +97,13 @@ def prepare(config: Config, folder: RunFolder) -> Mapping[str, Any]:
     outcome_path = folder.path / OUTCOME
     if not outcome_path.exists():
         try:
-            outcome = _prepare(config, folder)
+            with naming_a_full_disk(folder.path / ASIDE):
+                outcome = _prepare(config, folder)
             write_atomically(outcome_path, json.dumps(outcome, indent=2).encode())
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
+        except ResourceError:
+            # It would only keep the disk full.
             shutil.rmtree(folder.path / ASIDE, ignore_errors=True)
-            raise ResourceError(
-                f"output={config.output}: the disk is full ({error}); what was unfinished has been "
-                f"removed; free about {preparation_resources(config).disk_gb:.1f} GB, or choose "
-                "another output"
-            ) from error
+            raise
     shutil.rmtree(folder.path / ASIDE, ignore_errors=True)
     outcome = json.loads(outcome_path.read_text())
     _check_bad_records(config, outcome)
@@ -199,7 +194,7 @@ def _write(
     }
     pool = PromptPool(aside / "candidates.jsonl", data.prompt_tokens)
     split_up = {"conversations_split": 0, "answers_cut": 0, "parts_without_answer": 0}
-    late = 0
+    late = to_learn = 0
     with Progress(STAGE, total=report["conversations"], unit="conversations") as progress:
         for row in encode_all(aside / SELECTED, config, hashes[0]):
             progress.advance(1, tokens=sum(len(ids) for ids in row["input_ids"]))
@@ -207,6 +202,7 @@ def _write(
             examples = list(_examples(row))
             for example in examples:
                 writers[SPLITS[row["held_out"]]].add(example)
+            to_learn += row["kind"] != "prompt"
             late += not examples and row["kind"] != "prompt"
             split_up["conversations_split"] += len(row["input_ids"]) > 1
             split_up["answers_cut"] += sum(row["cut"])
@@ -215,7 +211,8 @@ def _write(
         writer.flush()
     num_prompts = pool.write(made / "prompts.jsonl")
     train, held_out = (writers[split] for split in SPLITS)
-    if not train.num_examples and not num_prompts:
+    # Prompts alone are all that regenerate_responses and an evaluation need.
+    if not train.num_examples and (to_learn or not num_prompts):
         raise InputError(
             f"data.path={data.path}: no training example is left; raise data.max_length="
             f"{data.max_length} or data.max_conversations, or lower data.held_out"

@@ -60,7 +60,9 @@ def vicuna(system, turns, bos, eos):
 def llama_3(system, turns, bos, eos):
     yield "<|begin_of_text|>", 0
     for role, text in [("system", system)] * bool(system) + turns:
-        yield f"<|start_header_id|>{role}<|end_header_id|>\n\n", 0
+        yield f"<|start_header_id|>{role}<|end_header_id|>", 0
+        # This tokenizer parts white space before a word from its last character.
+        yield from (("\n", 0), ("\n", 0))
         yield f"{text}<|eot_id|>", int(role == "assistant")
 
 
