@@ -1,11 +1,11 @@
-"""How prepare_data uses Ray Data: in small blocks, of which few are under way."""
+"""How Ray Data is used: quietly; by prepare_data in small blocks, of which few are under way."""
 
 from __future__ import annotations
 
 import logging
 
 import ray.data
-from ray.data import ExecutionResources
+from ray.data import DataContext, ExecutionResources
 
 from core.config.sections import DataConfig
 
@@ -15,7 +15,10 @@ TARGET_BLOCK_BYTES = 2**21
 
 
 def quiet_ray_data() -> None:
-    """No progress bars, and no lines about each execution."""
+    """No progress bars, and no lines about each execution: our own say it."""
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     # It would warn that its progress bars are off.
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
@@ -30,7 +33,6 @@ def num_workers(data: DataConfig) -> int:
 def bounded(dataset: ray.data.Dataset, *, in_order: bool) -> ray.data.Dataset:
     """The data set with small blocks, and few of them under way."""
     context = dataset.context
-    context.enable_progress_bars = False
     context.target_max_block_size = TARGET_BLOCK_BYTES
     context.execution_options.preserve_order = in_order
     context.execution_options.resource_limits = ExecutionResources.for_limits(

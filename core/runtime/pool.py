@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from core import errors
 from core.errors import StageError
 from core.paths import TEMPORARY, naming_a_full_disk
 from core.progress import say
+from core.runtime.blocks import quiet_ray_data
 
 # A shard that took its replica down so often (out of memory, most likely) ends the run.
 MAX_ATTEMPTS = 4
@@ -63,6 +63,9 @@ def run_pool(
         AerieError: what a replica raised.
     """
     quiet_ray_data()
+    # With one shard in flight a replica is fully used at 1.0.
+    context = DataContext.get_current()
+    context.autoscaling_config.actor_pool_util_upscaling_threshold = 1.0
     most = max(replicas, min(size.replicas, len(tasks)))
     rows = ray.data.from_items(list(tasks), override_num_blocks=len(tasks)).map_batches(
         replica,
@@ -85,18 +88,6 @@ def run_pool(
         if row["error"]:
             raise getattr(errors, row["kind"], StageError)(row["error"])
         yield row
-
-
-def quiet_ray_data() -> None:
-    """Our own progress lines say it."""
-    context = DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    # With one shard in flight a replica is fully used at 1.0.
-    context.autoscaling_config.actor_pool_util_upscaling_threshold = 1.0
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
-    # It warns that the bars are off.
-    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
 
 
 def attempts_file(shard: Path) -> Path:
