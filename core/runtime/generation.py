@@ -131,13 +131,14 @@ def regenerate_responses(config: Config, folder: RunFolder) -> Mapping[str, Any]
     found = pool.run(tasks, "answered shards")
     join_shards([Path(task["shard"]) for task in tasks], output / CONVERSATIONS)
     figures |= _summed(found, len(conversations))
+    figures["kept_cut"] = config.generate.keep_cut
     if not figures["conversations"]:
         raise InputError(
             f"no conversation has an answer ({_reasons(figures)}); raise generate.max_new_tokens "
             "or data.max_length, or set generate.keep_cut=true"
         )
     say(STAGE, f"{figures['conversations']:,} conversations with {figures[ANSWERS]:,} answers; "
-        f"left out: {_reasons(figures)}")  # fmt: skip
+        f"besides, {_reasons(figures)}")  # fmt: skip
     return {
         **figures,
         "shards": len(tasks),
@@ -182,7 +183,8 @@ def _summed(found: Sequence[Mapping[str, Any]], conversations: int) -> dict[str,
 
 
 def _reasons(figures: Mapping[str, Any]) -> str:
-    return f"{figures[CUT]} cut, {figures[EMPTY]} empty, {figures[NO_ROOM]} without room"
+    cut = "cut and kept" if figures["kept_cut"] else "cut"
+    return f"{figures[CUT]} {cut}, {figures[EMPTY]} empty, {figures[NO_ROOM]} without room"
 
 
 def _synthesize(
