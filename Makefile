@@ -31,7 +31,7 @@ for attempt in 1 2 3; do \
 done; exit 1
 endef
 
-.PHONY: help env install quickstart smoke serve test check format test-setup lock clean
+.PHONY: help env install quickstart smoke serve test soak check format test-setup lock clean
 
 help: ## list the targets
 	@echo "make <target> [VENV=.venv] [PYTHON=python3.11] [ARGS=\"...\"]"
@@ -93,8 +93,11 @@ serve: install ## host the quick start's draft head over HTTP
 
 # --- Development ------------------------------------------------------------
 
-test: install ## all tests
+test: install ## all tests but the soak tests
 	$(BIN)/python -m pytest $(ARGS)
+
+soak: install ## the tests that kill processes for minutes
+	$(BIN)/python -m pytest -m soak $(ARGS)
 
 check: install ## format, lint, types, architecture and unit tests
 	$(BIN)/ruff format --check .

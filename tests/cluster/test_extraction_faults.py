@@ -149,6 +149,7 @@ def wait_for(condition, what: str) -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.soak
 def test_five_kills_cost_nothing_but_the_shards_in_flight(
     examples: Path, target: Path, tmp_path: Path
 ) -> None:

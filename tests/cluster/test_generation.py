@@ -151,6 +151,7 @@ def test_a_missing_shard_is_made_alone_by_one_replica(
     assert [name for name in times if times[name] != after[name]] == ["shard-00001.jsonl"]
 
 
+@pytest.mark.soak
 def test_a_killed_run_goes_on_to_the_same_bytes(
     finished: Path, conversations: Path, tiny_target_folder: Path, tmp_path: Path
 ) -> None:

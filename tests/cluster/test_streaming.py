@@ -164,6 +164,7 @@ class _Killer(threading.Thread):
             self.killed.append(name)
 
 
+@pytest.mark.soak
 def test_streamed_training_is_that_from_shards_whatever_is_killed(
     config: Config, features: Path, tmp_path: Path
 ) -> None:
