@@ -12,6 +12,7 @@ of the input nor on the number of workers; memory grows by hashes alone.
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import shutil
 import time
@@ -200,8 +201,11 @@ def _write(
     pool = PromptPool(aside / "candidates.jsonl", data.prompt_tokens)
     split_up = {"conversations_split": 0, "answers_cut": 0, "parts_without_answer": 0}
     late = 0
+    rows = encode_all(aside / SELECTED, config, hashes[0])
+    # The first takes as long as the workers take to start, which says nothing about the rate.
+    rows = itertools.chain([next(rows)], rows)
     with Progress(STAGE, total=report["conversations"], unit="conversations") as progress:
-        for row in encode_all(aside / SELECTED, config, hashes[0]):
+        for row in rows:
             progress.advance(1, tokens=sum(len(ids) for ids in row["input_ids"]))
             _offer(pool, row)
             examples = list(_examples(row))

@@ -103,7 +103,8 @@ def test_examples_and_prompts(tmp_path, target, write_json, capsys):
     assert report["longest"] == 200
     assert (report["bad_records"], report["truncated"]) == (0, 0)
     ids = [e.id for split in examples.values() for e in split]
-    assert sorted(ids) == sorted(f"r{i}" for i in range(150))
+    assert {name.partition("#")[0] for name in ids} == {f"r{i}" for i in range(150)}
+    assert report["conversations_split"] == len({n.partition("#")[0] for n in ids if "#" in n}) > 0
     assert 10 < len(examples["held_out"]) < 55
     assert len(example_shards(output, "train")) > 5
     metadata = read_metadata(example_shards(output, "train")[0])
@@ -112,7 +113,8 @@ def test_examples_and_prompts(tmp_path, target, write_json, capsys):
     tokenizer = byte_tokenizer()
     prompts = read_prompts(output / "prompts.jsonl")
     assert len(prompts) == report["prompts"] > 10
-    held_out = {e.id for e in examples["held_out"]}
+    held_out = {e.id.partition("#")[0] for e in examples["held_out"]}
+    assert not held_out & {e.id.partition("#")[0] for e in examples["train"]}
     assert all(prompt.id.rpartition("/")[0] in held_out for prompt in prompts)
     assert {prompt.task for prompt in prompts} == {"first_turn", "follow_up"}
     # Training conversations begin with it, so none that is held out may ask it.

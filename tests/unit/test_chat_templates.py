@@ -24,7 +24,7 @@ from core.models.tiny import byte_tokenizer
 LONG = 2**31 - 1
 CONVERSATIONS = 1000
 # Long ones cost time and show nothing that shorter ones do not.
-CHARACTERS = 6000
+CHARACTERS = 2000
 VICUNA_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives "
     "helpful, detailed, and polite answers to the user's questions."
@@ -32,19 +32,23 @@ VICUNA_SYSTEM = (
 SMOLLM2_SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 
 
-def llama_2(turns, bos, eos):
-    for role, text in turns:
+def llama_2(system, turns, bos, eos):
+    for number, (role, text) in enumerate(turns):
+        if number == 0 and system:
+            text = f"<<SYS>>\n{system}\n<</SYS>>\n\n{text}"
         yield (f"{bos}[INST] {text} [/INST]", 0) if role == "user" else (f" {text} {eos}", 1)
 
 
-def mixtral(turns, bos, eos):
+def mixtral(system, turns, bos, eos):
     yield bos, 0
-    for role, text in turns:
+    for number, (role, text) in enumerate(turns):
+        if number == 0 and system:
+            text = f"{system}\n\n{text}"
         yield (f"[INST] {text} [/INST]", 0) if role == "user" else (f" {text}{eos}", 1)
 
 
-def vicuna(turns, bos, eos):
-    yield f"{bos}{VICUNA_SYSTEM}", 0
+def vicuna(system, turns, bos, eos):
+    yield f"{bos}{system or VICUNA_SYSTEM}", 0
     for number, (role, text) in enumerate(turns):
         if role == "user":
             # A separator stands behind the system message, none behind an end token.
@@ -53,16 +57,17 @@ def vicuna(turns, bos, eos):
             yield f" {text}{eos}", 1
 
 
-def llama_3(turns, bos, eos):
+def llama_3(system, turns, bos, eos):
     yield "<|begin_of_text|>", 0
-    for role, text in turns:
-        yield f"<|start_header_id|>{role}<|end_header_id|>\n\n", 0
+    for role, text in [("system", system)] * bool(system) + turns:
+        # This vocabulary, unlike Llama's, joins no line break with the next one before a text.
+        yield from ((f"<|start_header_id|>{role}<|end_header_id|>\n", 0), ("\n", 0))
         yield f"{text}<|eot_id|>", int(role == "assistant")
 
 
-def chat_ml(system):
-    def pieces(turns, bos, eos):
-        yield f"<|im_start|>system\n{system}<|im_end|>\n", 0
+def chat_ml(usual):
+    def pieces(system, turns, bos, eos):
+        yield f"<|im_start|>system\n{system or usual}<|im_end|>\n", 0
         for role, text in turns:
             yield f"<|im_start|>{role}\n", 0
             yield f"{text}<|im_end|>", int(role == "assistant")
@@ -113,7 +118,8 @@ def test_masks_of_a_thousand_conversations(name, smollm2_tokenizer, short_conver
     for one in short_conversations:
         ids, mask = encode_conversation(tokenizer, one.messages, LONG)
         turns = [(m.role, m.content) for m in one.messages]
-        pieces = list(WRITERS[name](turns, bos, eos))
+        system = turns.pop(0)[1] if turns[0][0] == "system" else ""
+        pieces = list(WRITERS[name](system, turns, bos, eos))
         encoded = tokenizer([text for text, _ in pieces], add_special_tokens=False)["input_ids"]
         expected = [bit for (_, bit), part in zip(pieces, encoded, strict=True) for _ in part]
         assert ids.tolist() == [token for part in encoded for token in part]
