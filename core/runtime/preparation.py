@@ -200,7 +200,7 @@ def _write(
     }
     pool = PromptPool(aside / "candidates.jsonl", data.prompt_tokens)
     split_up = {"conversations_split": 0, "answers_cut": 0, "parts_without_answer": 0}
-    late = 0
+    late = num_prompts_alone = 0
     rows = encode_all(aside / SELECTED, config, hashes[0])
     # The first takes as long as the workers take to start, which says nothing about the rate.
     rows = itertools.chain([next(rows)], rows)
@@ -211,6 +211,7 @@ def _write(
             examples = list(_examples(row))
             for example in examples:
                 writers[SPLITS[row["held_out"]]].add(example)
+            num_prompts_alone += row["kind"] == "prompt"
             late += not examples and row["kind"] != "prompt"
             split_up["conversations_split"] += len(row["input_ids"]) > 1
             split_up["answers_cut"] += sum(row["cut"])
@@ -219,7 +220,7 @@ def _write(
         writer.flush()
     num_prompts = pool.write(made / "prompts.jsonl")
     train, held_out = (writers[split] for split in SPLITS)
-    if not train.num_examples and not num_prompts:
+    if not train.num_examples and num_prompts_alone < report["conversations"]:
         raise InputError(
             f"data.path={data.path}: no training example is left; raise data.max_length="
             f"{data.max_length} or data.max_conversations, or lower data.held_out"

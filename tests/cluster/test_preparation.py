@@ -273,14 +273,20 @@ def test_a_killed_run_goes_on_behind_the_first_pass(tmp_path, target, write_json
 
 
 def test_a_full_disk_says_so_and_leaves_nothing_behind(tmp_path, target, write_json):
-    """On a file system of two megabytes, mounted for one process alone."""
+    """On a file system of 300 kB, mounted for one process alone."""
     small = tmp_path / "small"
     small.mkdir()
     data = write_json(records(3000))
     command = " ".join(arguments(data, target, small / "out", "cluster.address=local"))
+    # The check before the work would refuse so small a disk; here it fills up during the work.
+    unchecked = (
+        "import dataclasses, sys; from core.runtime import job, resources; "
+        "from jobs.prepare_data import JOB; needs = resources.Resources(disk_gb=0); "
+        "sys.exit(job.main(dataclasses.replace(JOB, resources=lambda _: needs), sys.argv[1:]))"
+    )
     script = (
-        f"mount -t tmpfs -o size=300k none {small} && "
-        f"PYTHONPATH=. {sys.executable} -m jobs.prepare_data {command}; "
+        f"mount -t tmpfs -o size=300k none {small} || exit 3; "
+        f"PYTHONPATH=. {sys.executable} -c '{unchecked}' {command}; "
         f'code=$?; find {small} -name "*.arrow"; exit $code'
     )
     entered = ["unshare", "--user", "--map-root-user", "--mount"]
