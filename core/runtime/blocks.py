@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 
 import ray.data
 from ray.data import DataContext, ExecutionResources
@@ -22,6 +23,8 @@ def quiet_ray_data() -> None:
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     # It would warn that its progress bars are off.
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
+    # A small input has fewer blocks than there are workers, which is nobody's mistake.
+    warnings.filterwarnings("ignore", message="The maximum number of concurrent tasks")
 
 
 def num_workers(data: DataConfig) -> int:

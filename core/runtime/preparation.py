@@ -196,7 +196,7 @@ def _write(
     split_up = {"conversations_split": 0, "answers_cut": 0, "parts_without_answer": 0}
     late = to_learn = 0
     with Progress(STAGE, total=report["conversations"], unit="conversations") as progress:
-        for row in encode_all(aside / SELECTED, config, hashes[0]):
+        for row in rows:
             progress.advance(1, tokens=sum(len(ids) for ids in row["input_ids"]))
             _offer(pool, row)
             examples = list(_examples(row))

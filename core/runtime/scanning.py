@@ -81,7 +81,7 @@ def scan(config: Config, aside: Path) -> dict[str, Any]:
         "conversations": taken,
     }
     first_bad = [why for _, _, why in counts.first_bad]
-    _say_what_was_read(config, report, counts, first_bad)
+    _say_what_was_read(config, report, counts, first_bad, len(sources))
     return {
         "report": report,
         "first_bad": first_bad,
@@ -110,18 +110,19 @@ def selected_conversations(config: Config, aside: Path) -> list[Conversation]:
 
 
 def _say_what_was_read(
-    config: Config, report: Mapping[str, Any], counts: ScanCounts, first_bad: list[str]
+    config: Config,
+    report: Mapping[str, Any],
+    counts: ScanCounts,
+    first_bad: list[str],
+    num_sources: int,
 ) -> None:
     say(STAGE, f"{counts.read:,} conversations read, {report['conversations']:,} taken")
     for what in ("dropped", "changed"):
         counted = ", ".join(f"{name} {count:,}" for name, count in report[what].items() if count)
         say(STAGE, f"{what}: {counted or 'none'}")
-    for name in sorted(counts.truncated):
-        say(
-            STAGE,
-            f"warning: {name} ends in mid-record, after {counts.read:,} conversations"
-            f"{' of all sources' if len(counts.formats) else ''}; what came before is used",
-        )
+    for name in sorted(set(counts.truncated)):
+        after = f", after {counts.read:,} conversations" if num_sources == 1 else ""
+        say(STAGE, f"warning: {name} ends in mid-record{after}; what came before is used")
     if not report["conversations"]:
         bad = f"; {first_bad[0]}" if first_bad else ""
         raise InputError(

@@ -24,7 +24,7 @@ from core.models.tiny import byte_tokenizer
 LONG = 2**31 - 1
 CONVERSATIONS = 1000
 # Long ones cost time and show nothing that shorter ones do not.
-CHARACTERS = 6000
+CHARACTERS = 2000
 VICUNA_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives "
     "helpful, detailed, and polite answers to the user's questions."

@@ -65,6 +65,13 @@ def test_only_an_answer_that_is_too_long_alone_is_cut(tiny_tokenizer):
     assert (len(cut.input_ids_T), cut.num_turns) == (200, 6)
 
 
+def test_a_question_that_is_too_long_costs_its_own_round_alone(tiny_tokenizer):
+    first, second = chat(20).messages, (Message("user", "y" * 400), Message("assistant", "no"))
+    one = Conversation("c", (*first, *second, *first), "f")
+    parts = encode_parts(tiny_tokenizer, one, 200)
+    assert [bool(part.loss_mask_T.any()) for part in parts] == [True, False, True]
+
+
 def test_tool_rounds_stay_together(tiny_tokenizer):
     one = Conversation(
         "c",
