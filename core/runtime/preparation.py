@@ -11,6 +11,7 @@ of the input nor on the number of workers; memory grows by hashes alone.
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 import time
@@ -195,6 +196,9 @@ def _write(
     pool = PromptPool(aside / "candidates.jsonl", data.prompt_tokens)
     split_up = {"conversations_split": 0, "answers_cut": 0, "parts_without_answer": 0}
     late = to_learn = 0
+    rows = encode_all(aside / SELECTED, config, hashes[0])
+    # The first takes as long as the workers take to start, which says nothing about the rate.
+    rows = itertools.chain([next(rows)], rows)
     with Progress(STAGE, total=report["conversations"], unit="conversations") as progress:
         for row in rows:
             progress.advance(1, tokens=sum(len(ids) for ids in row["input_ids"]))

@@ -280,12 +280,6 @@ def test_a_full_disk_says_so_and_leaves_nothing_behind(tmp_path, target, write_j
     small.mkdir()
     data = write_json(records(3000))
     command = " ".join(arguments(data, target, small / "out", "cluster.address=local"))
-    # The check before the work would refuse so small a disk; here it fills up during the work.
-    unchecked = (
-        "import dataclasses, sys; from core.runtime import job, resources; "
-        "from jobs.prepare_data import JOB; needs = resources.Resources(disk_gb=0); "
-        "sys.exit(job.main(dataclasses.replace(JOB, resources=lambda _: needs), sys.argv[1:]))"
-    )
     script = (
         f"mount -t tmpfs -o size=1g,nr_inodes=24 none {small} && "
         f"PYTHONPATH=. {sys.executable} -m jobs.prepare_data {command}; "
