@@ -145,7 +145,8 @@ def _submit_here(job: Job, config: Config, path: str | None, overrides: Sequence
     command = [*(["--config", str(Path(path).absolute())] if path else []), *overrides]
     command += [f"output={output}", f"cluster.address={address_here}", "cluster.can_grow=false"]
     # Those that exist here are absolute since the config was loaded.
-    command.append(f"data.path={json.dumps(config.data.path)}")
+    inputs = {"convert.source": config.convert.source, "data.path": config.data.path}
+    command += [f"{name}={json.dumps(place)}" for name, place in inputs.items()]
     try:
         # This Ray has this environment, which need not be on the PATH.
         return submit(f"jobs.{job.name}", command, address, python=sys.executable)
