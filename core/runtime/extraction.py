@@ -9,12 +9,10 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
-import ray
 from transformers import AutoConfig
 
 from core import errors
@@ -23,7 +21,7 @@ from core.data.examples import SPLITS, example_shards, read_examples, read_metad
 from core.data.feature_manifest import Manifest
 from core.data.feature_shards import ShardRecord, finished_record, remove_leftovers
 from core.data.template import tokenizer_hash
-from core.errors import AerieError, InputError, MismatchError, StageError
+from core.errors import InputError, MismatchError
 from core.models.features import extract_shard, feature_layers, load_for_extraction
 from core.models.target import (
     Target,
@@ -37,15 +35,16 @@ from core.progress import Progress, say
 from core.provenance import RunFolder
 from core.runtime.pool import (
     PoolSize,
+    ShardReplica,
     attempts_file,
-    count_attempt,
+    check_same_target,
     replicas_that_fit,
     run_pool,
+    unseen,
 )
 from core.runtime.resources import Resources
 
 STAGE = "extract_features"
-ADVICE = "Lower features.batch_tokens or features.num_replicas"
 
 
 def extraction_inputs(config: Config) -> Mapping[str, Path]:
@@ -186,50 +185,29 @@ class _ReplicaSettings:
     manifest: Manifest
 
 
-class _Replica:
-    """One target, in an actor of Ray Data's pool."""
+class _Replica(ShardReplica):
+    """Computes feature shards, each of the example shard that its task names."""
+
+    advice = "Lower features.batch_tokens or features.num_replicas"
 
     def __init__(self, settings: _ReplicaSettings) -> None:
         self.settings = settings
 
-    @cached_property
-    def target(self) -> Target:
-        """Loaded at the first shard, where a user's error can be reported like any other."""
+    def load(self) -> Target:
         threads = max(1, int(self.settings.features.cpus_per_replica))
         target = load_for_extraction(self.settings.target, num_threads=threads)
-        if target.fingerprint != self.settings.manifest.target:
-            raise MismatchError(
-                f"target.path={self.settings.target.path} is another model on this node "
-                f"({ray.util.get_node_ip_address()}) than where the job was started; "
-                "give a folder that every node mounts"
-            )
+        check_same_target(target, self.settings.manifest.target, self.settings.target.path)
         if self.settings.manifest.top_logits:
             target.check_output_head()
         return target
 
-    def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
-        """Compute one shard; the row says what came of it."""
-        (examples,), (shard,) = batch["examples"], batch["shard"]
-        row: dict[str, Any] = {"shard": str(shard), "tokens": 0, "error": "", "kind": ""}
-        row["started"] = time.time()
-        try:
-            # A replica may die between finishing a shard and saying so.
-            record = finished_record(Path(shard), self.settings.manifest)
-            if record is None:
-                count_attempt(Path(shard), ADVICE)
-                target = self.target
-                row["started"] = time.time()
-                source = read_examples(Path(examples))
-                budget = self.settings.features.batch_tokens
-                record = extract_shard(target, source, Path(shard), self.settings.manifest, budget)
-                attempts_file(Path(shard)).unlink(missing_ok=True)
-            row["tokens"] = record.tokens
-        except AerieError as error:
-            # As a row it reaches the driver as one message, not as Ray's nested tracebacks.
-            row["error"], row["kind"] = str(error), type(error).__name__
-        context = ray.get_runtime_context()
-        row.update(ended=time.time(), node=context.get_node_id(), replica=context.get_actor_id())
-        return {key: [value] for key, value in row.items()}
+    def finished(self, shard: Path) -> int | None:
+        record = finished_record(shard, self.settings.manifest)
+        return record.tokens if record else None
+
+    def make(self, target: Target, shard: Path, work: str) -> int:
+        examples, budget = read_examples(Path(work)), self.settings.features.batch_tokens
+        return extract_shard(target, examples, shard, self.settings.manifest, budget).tokens
 
 
 class _Results:
@@ -263,8 +241,7 @@ def extract_in_pool(
         config: target and features.
         manifest: of the folder.
     Yields:
-        As shards are done: `shard`, `tokens`, `started` and `ended` (seconds since the epoch),
-        `node` and `replica`.
+        See `run_pool`.
     Raises:
         AerieError: what a replica raised.
     """
@@ -287,8 +264,8 @@ def shard_tasks(examples: Path, folder: Path) -> list[dict[str, str]]:
     """One row a shard, for `extract_in_pool`: which examples go into which file."""
     return [
         {
-            "examples": str(source.absolute()),
             "shard": str(folder / split / f"{source.stem}.safetensors"),
+            "work": str(source.absolute()),
         }
         for split in SPLITS
         for source in example_shards(examples, split)
@@ -313,10 +290,7 @@ def _records(folder: Path, manifest: Manifest) -> dict[str, list[ShardRecord]]:
             shard = folder / split / f"{stem}.safetensors"
             record = finished_record(shard, manifest)
             if record is None:
-                raise StageError(
-                    f"{shard} was computed on another node and is not to be seen here; output "
-                    "must be on a file system that every node mounts"
-                )
+                raise unseen(shard)
             records[split].append(record)
     return records
 

@@ -15,11 +15,9 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import ray
 from rich.console import Console
 from rich.text import Text
 
@@ -43,7 +41,7 @@ from core.decode.answering import (
     make_up_prompts,
 )
 from core.decode.batch import BatchCounts
-from core.errors import AerieError, ConfigError, InputError, MismatchError, StageError
+from core.errors import ConfigError, InputError
 from core.models.target import (
     Target,
     load_target,
@@ -54,7 +52,15 @@ from core.models.target import (
 )
 from core.progress import Progress, say
 from core.provenance import RunFolder
-from core.runtime.pool import PoolSize, attempts_file, count_attempt, replicas_that_fit, run_pool
+from core.runtime.pool import (
+    PoolSize,
+    ShardReplica,
+    attempts_file,
+    check_same_target,
+    replicas_that_fit,
+    run_pool,
+    unseen,
+)
 from core.runtime.preparation import preparation_inputs
 from core.runtime.resources import Resources
 from core.runtime.scanning import selected_conversations
@@ -254,10 +260,7 @@ class _Pool:
         found = [finished_shard(Path(task["shard"])) for task in tasks]
         for about, task in zip(found, tasks, strict=True):
             if about is None:
-                raise StageError(
-                    f"{task['shard']} was made on another node and is not to be seen here; output "
-                    "must be on a file system that every node mounts"
-                )
+                raise unseen(Path(task["shard"]))
         return [about for about in found if about is not None]
 
     def _run(self, tasks: Sequence[Mapping[str, str]], progress: Progress) -> None:
@@ -283,46 +286,26 @@ class _ReplicaSettings:
     fingerprint: str
 
 
-class _Replica:
-    """One target, in an actor of Ray Data's pool."""
+class _Replica(ShardReplica):
+    """Answers conversations, or makes prompts up."""
+
+    advice = "Lower generate.batch_size or generate.num_replicas"
 
     def __init__(self, settings: _ReplicaSettings) -> None:
         self.config, self.fingerprint = settings.config, settings.fingerprint
 
-    @cached_property
-    def target(self) -> Target:
-        """Loaded at the first shard, where a user's error can be reported like any other."""
+    def load(self) -> Target:
         threads = max(1, int(self.config.generate.cpus_per_replica))
         target = load_target(self.config.target, num_threads=threads)
-        if target.fingerprint != self.fingerprint:
-            raise MismatchError(
-                f"target.path={self.config.target.path} is another model on this node "
-                f"({ray.util.get_node_ip_address()}) than where the job was started; "
-                "give a folder that every node mounts"
-            )
+        check_same_target(target, self.fingerprint, self.config.target.path)
         return target
 
-    def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
-        """Make one shard; the row says what came of it."""
-        (name,), (work,) = batch["shard"], batch["work"]
-        shard = Path(str(name))
-        row: dict[str, Any] = {"shard": str(shard), "tokens": 0, "error": "", "kind": ""}
-        row["started"] = time.time()
-        try:
-            # A replica may die between finishing a shard and saying so.
-            if finished_shard(shard) is None:
-                advice = "Lower generate.batch_size or generate.num_replicas"
-                count_attempt(shard, advice)
-                target = self.target
-                row["started"] = time.time()
-                make = self._prompts if shard.parent.name == PROMPTS else self._answers
-                row["tokens"] = make(target, shard, json.loads(str(work)))
-                attempts_file(shard).unlink(missing_ok=True)
-        except AerieError as error:
-            # As a row it reaches the driver as one message, not as Ray's nested tracebacks.
-            row["error"], row["kind"] = str(error), type(error).__name__
-        row.update(ended=time.time(), node=ray.get_runtime_context().get_node_id())
-        return {key: [value] for key, value in row.items()}
+    def finished(self, shard: Path) -> int | None:
+        return None if finished_shard(shard) is None else 0
+
+    def make(self, target: Target, shard: Path, work: str) -> int:
+        make = self._prompts if shard.parent.name == PROMPTS else self._answers
+        return make(target, shard, json.loads(work))
 
     def _answers(self, target: Target, shard: Path, work: list[dict[str, Any]]) -> int:
         answerer = Answerer(target, self.config.generate, self.config.data.max_length)

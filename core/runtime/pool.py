@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +14,14 @@ import ray
 from ray.data import ActorPoolStrategy, DataContext
 
 from core import errors
-from core.errors import StageError
+from core.errors import AerieError, MismatchError, StageError
+from core.models.target import Target
 from core.paths import TEMPORARY, naming_a_full_disk
 from core.progress import say
 from core.runtime.blocks import quiet_ray_data
 
-# A shard that took its replica down so often (out of memory, most likely) ends the run.
+# A shard, or a streamed pass, that took its replica down so often (out of memory, most likely)
+# ends the run.
 MAX_ATTEMPTS = 4
 
 
@@ -28,6 +33,77 @@ class PoolSize:
     cpus: float
     gpus: float
     fewest: int = 1
+
+
+class ShardReplica(ABC):
+    """One target, in an actor of the pool. It makes a shard at a time and writes it itself.
+
+    Attributes:
+        advice: what to lower when replicas crash, for the message.
+    """
+
+    advice: str
+
+    @abstractmethod
+    def load(self) -> Target:
+        """The target."""
+
+    @abstractmethod
+    def finished(self, shard: Path) -> int | None:
+        """Tokens of a shard that is finished, else None."""
+
+    @abstractmethod
+    def make(self, target: Target, shard: Path, work: str) -> int:
+        """Write a shard; returns the tokens that it took."""
+
+    @cached_property
+    def target(self) -> Target:
+        """Loaded at the first shard, where a user's error can be reported like any other."""
+        return self.load()
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
+        """Make one shard; the row says what came of it."""
+        (name,), (work,) = batch["shard"], batch["work"]
+        shard = Path(str(name))
+        row: dict[str, Any] = {"shard": str(shard), "tokens": 0, "error": "", "kind": ""}
+        row["started"] = time.time()
+        try:
+            # A replica may die between finishing a shard and saying so.
+            tokens = self.finished(shard)
+            if tokens is None:
+                count_attempt(shard, self.advice)
+                target = self.target
+                row["started"] = time.time()
+                tokens = self.make(target, shard, str(work))
+                attempts_file(shard).unlink(missing_ok=True)
+            row["tokens"] = tokens
+        except AerieError as error:
+            # As a row it reaches the driver as one message, not as Ray's nested tracebacks.
+            row["error"], row["kind"] = str(error), type(error).__name__
+        context = ray.get_runtime_context()
+        row.update(ended=time.time(), node=context.get_node_id(), replica=context.get_actor_id())
+        return {key: [value] for key, value in row.items()}
+
+
+def check_same_target(target: Target, fingerprint: str, path: str | None) -> None:
+    """Make sure that this node's target is the job's.
+
+    Raises:
+        MismatchError: it is another.
+    """
+    if target.fingerprint != fingerprint:
+        raise MismatchError(
+            f"target.path={path} is another model on this node ({ray.util.get_node_ip_address()}) "
+            "than where the job was started; give a folder that every node mounts"
+        )
+
+
+def unseen(shard: Path) -> StageError:
+    """A replica finished this shard, and the driver does not find it."""
+    return StageError(
+        f"{shard} was made on another node and is not to be seen here; output must be on a file "
+        "system that every node mounts"
+    )
 
 
 def replicas_that_fit(size: PoolSize, num_tasks: int, stage: str, field: str) -> int:
@@ -46,19 +122,23 @@ def replicas_that_fit(size: PoolSize, num_tasks: int, stage: str, field: str) ->
 
 
 def run_pool(
-    tasks: Sequence[Mapping[str, Any]], replica: type, settings: Any, size: PoolSize, replicas: int
+    tasks: Sequence[Mapping[str, str]],
+    replica: type[ShardReplica],
+    settings: Any,
+    size: PoolSize,
+    replicas: int,
 ) -> Iterator[Mapping[str, Any]]:
     """Have the replicas work through tasks, each one row; rows come back in any order.
 
     Args:
-        tasks: at least one.
-        replica: its constructor takes `settings`; called with a batch of one row, returns one.
+        tasks: at least one; `shard`, the file to write, and `work`, what `replica` makes it of.
+        replica: its constructor takes `settings`.
         settings: can be pickled.
         size: see `PoolSize`.
         replicas: to start with.
     Yields:
-        The rows that `replica` returns. `error` and `kind` say what it raised, if anything: as a
-        row it reaches the driver as one message, not as Ray's nested tracebacks.
+        As shards are done: `shard`, `tokens`, `started` and `ended` (seconds since the epoch),
+        `node` and `replica`.
     Raises:
         AerieError: what a replica raised.
     """

@@ -30,18 +30,17 @@ from core.data.example_dataset import ExampleDataset
 from core.data.examples import Example
 from core.data.feature_manifest import Manifest
 from core.data.feature_shards import FeatureExample
-from core.errors import AerieError, ConfigError, MismatchError, ResourceError, StageError
+from core.errors import AerieError, ConfigError, ResourceError, StageError
 from core.models.features import batch_features, load_for_extraction
 from core.models.target import Target
 from core.progress import say
+from core.runtime.pool import MAX_ATTEMPTS, check_same_target
 from core.runtime.resources import check_placement
 from core.train.order import Selection
 from core.train.prefetch import Prefetch
 from core.train.task import HELD_OUT, DraftTask
 
 STAGE = "train_draft"
-# A pass that takes its replica down so often (out of memory, most likely) ends the run.
-MAX_ATTEMPTS = 4
 # Above this share Ray begins to move objects to disk.
 OBJECT_STORE_SHARE = 0.8
 WIRE_DTYPES = ("bfloat16", "float32")
@@ -79,12 +78,7 @@ class FeatureReplica:
         """Loaded at the first call: Ray would try a failing constructor again and again."""
         threads = max(1, int(self.config.cpus_per_replica))
         target = load_for_extraction(self.target_config, threads)
-        if target.fingerprint != self.manifest.target:
-            raise MismatchError(
-                f"target.path={self.target_config.path} is another model on this node "
-                f"({ray.util.get_node_ip_address()}) than where the job was started; "
-                "give a folder that every node mounts"
-            )
+        check_same_target(target, self.manifest.target, self.target_config.path)
         return target
 
     def load(self) -> str:
