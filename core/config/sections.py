@@ -326,6 +326,11 @@ class ClusterConfig(Section):
         "Ray address to connect to, or `local` for a Ray of its own; null takes the cluster of "
         "the submitted job or RAY_ADDRESS, else local",
     )
+    send_code: bool = setting(
+        True,
+        "send the working directory, Aerie's code, to the nodes; false where Aerie is installed "
+        "on each of them. A submitted job's is sent by whoever submits it",
+    )
     can_grow: bool = setting(
         True, "whether nodes may still join: wait for what is lacking, instead of refusing"
     )

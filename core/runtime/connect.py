@@ -105,7 +105,7 @@ def connect(config: ClusterConfig, *, dashboard: bool = False) -> None:
             "object_store_memory": config.object_store_mb * 10**6,
             "include_dashboard": dashboard,
         }
-    elif not inside_submitted_job():
+    elif config.send_code and not inside_submitted_job():
         environment["working_dir"] = "."
     try:
         ray.init(address=address, runtime_env=environment, logging_level="warning", **settings)

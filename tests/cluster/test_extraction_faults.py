@@ -115,16 +115,23 @@ class Finished:
 
 @contextmanager
 def two_nodes() -> Iterator[Cluster]:
-    cluster = Cluster(
-        initialize_head=True,
-        head_node_args={"num_cpus": 0, "object_store_memory": 100_000_000},
-    )
-    try:
-        for _ in range(2):
-            add_node(cluster)
-        yield cluster
-    finally:
-        cluster.shutdown()
+    """Nodes that have Aerie already, as from an image.
+
+    Raylets that share a machine share the folder into which a job's code is unpacked, and each
+    new one deletes it under the feet of the others' workers. Machines of their own do not.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(ROOT))
+        cluster = Cluster(
+            initialize_head=True,
+            head_node_args={"num_cpus": 0, "object_store_memory": 100_000_000},
+        )
+        try:
+            for _ in range(2):
+                add_node(cluster)
+            yield cluster
+        finally:
+            cluster.shutdown()
 
 
 def add_node(cluster: Cluster) -> None:
@@ -158,6 +165,7 @@ def test_five_kills_cost_nothing_but_the_shards_in_flight(
     with two_nodes() as cluster, Finished(output) as finished:
         command = [sys.executable, "-m", "jobs.extract_features"]
         command += [*arguments(examples, target, output), f"cluster.address={cluster.address}"]
+        command += ["cluster.send_code=false"]
         log = (tmp_path / "log").open("w")
 
         def start() -> subprocess.Popen[bytes]:
