@@ -22,8 +22,10 @@ from core.runtime.evaluation import check_tree_sizes
 from core.runtime.job import Job, Report
 from core.runtime.preparation import data_inputs
 from core.runtime.resources import Resources, check_resources
-from core.runtime.submit import submit
+from core.runtime.submit import NoJobsAgent, submit
 
+# A Ray on the same machine takes jobs after some seconds, where it can.
+AGENT_PATIENCE = 90.0
 SECTIONS = ("convert", "target", "data", "features", "draft", "train", "decode", "eval")
 
 
@@ -130,7 +132,14 @@ def _run_or_submit(job: Job, arguments: argparse.Namespace) -> int | None:
         say(job.name, "another Ray on this machine holds the jobs API's port; running right here")
         jobs.act(job, arguments, config)
         return None
-    return _submit_here(job, config, arguments.config, arguments.overrides)
+    try:
+        return _submit_here(job, config, arguments.config, arguments.overrides)
+    except NoJobsAgent as error:
+        say(job.name, f"{error}. Running right here instead")
+        jobs.act(job, arguments, config)
+        return None
+    finally:
+        ray.shutdown()
 
 
 def _submit_here(job: Job, config: Config, path: str | None, overrides: Sequence[str]) -> int:
@@ -147,8 +156,6 @@ def _submit_here(job: Job, config: Config, path: str | None, overrides: Sequence
     # Those that exist here are absolute since the config was loaded.
     inputs = {"convert.source": config.convert.source, "data.path": config.data.path}
     command += [f"{name}={json.dumps(place)}" for name, place in inputs.items()]
-    try:
-        # This Ray has this environment, which need not be on the PATH.
-        return submit(f"jobs.{job.name}", command, address, python=sys.executable)
-    finally:
-        ray.shutdown()
+    # This Ray has this environment, which need not be on the PATH.
+    module = f"jobs.{job.name}"
+    return submit(module, command, address, python=sys.executable, patience=AGENT_PATIENCE)

@@ -11,12 +11,16 @@ from typing import Any
 
 from ray.job_submission import JobStatus, JobSubmissionClient
 
-from core.errors import EXIT_FAILURE, EXIT_USER_ERROR, InputError
+from core.errors import EXIT_FAILURE, EXIT_USER_ERROR, InputError, StageError
 from core.progress import say
 from core.provenance import GIT_REVISION_VARIABLE, git_revision
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 AGENT_SECONDS = 180.0
+
+
+class NoJobsAgent(StageError):
+    """A Ray that does not take jobs: another one on this machine holds its agent's port."""
 
 
 def submit(
@@ -25,6 +29,7 @@ def submit(
     address: str | None = None,
     *,
     python: str = "python",
+    patience: float = AGENT_SECONDS,
 ) -> int:
     """Run `python -m <module> <arguments>` on a cluster, as `ray job submit` would.
 
@@ -33,8 +38,12 @@ def submit(
         arguments: its command line.
         address: the dashboard's address; None takes RAY_API_SERVER_ADDRESS or this machine's.
         python: the interpreter's name on the cluster's head.
+        patience: seconds until a Ray that has just been started must accept jobs.
     Returns:
         The exit code of the command, which `ray job submit` itself would turn into 1.
+    Raises:
+        InputError: there is no such cluster.
+        NoJobsAgent: it accepts no jobs.
     """
     address = address or os.environ.get("RAY_API_SERVER_ADDRESS") or DEFAULT_ADDRESS
     try:
@@ -47,7 +56,7 @@ def submit(
     entrypoint = shlex.join([python, "-m", module, *arguments])
     # `.rayignore` leaves out .git already; Ray would warn that it does so too.
     os.environ.setdefault("RAY_OVERRIDE_RUNTIME_ENV_DEFAULT_EXCLUDES", "")
-    job_id = _submit_when_ready(client, entrypoint)
+    job_id = _submit_when_ready(client, entrypoint, patience)
     say("submit", f"{job_id}: {entrypoint}")
     try:
         asyncio.run(_follow(client, job_id))
@@ -62,18 +71,23 @@ def submit(
     return EXIT_USER_ERROR if info.driver_exit_code == EXIT_USER_ERROR else EXIT_FAILURE
 
 
-def _submit_when_ready(client: JobSubmissionClient, entrypoint: str) -> str:
+def _submit_when_ready(client: JobSubmissionClient, entrypoint: str, patience: float) -> str:
     """Submit; a Ray that has just been started takes some seconds until it accepts jobs."""
     environment: dict[str, Any] = {"working_dir": "."}
     if revision := git_revision():
         environment["env_vars"] = {GIT_REVISION_VARIABLE: revision}
-    deadline = time.monotonic() + AGENT_SECONDS
+    deadline = time.monotonic() + patience
     while True:
         try:
             return client.submit_job(entrypoint=entrypoint, runtime_env=environment)
         except RuntimeError as error:
-            if "No available agent" not in str(error) or time.monotonic() > deadline:
+            if "No available agent" not in str(error):
                 raise
+            if time.monotonic() > deadline:
+                raise NoJobsAgent(
+                    f"this Ray accepted no job for {patience:.0f} s; does another Ray on the "
+                    "machine of its head hold its agent's port? End that one and submit again"
+                ) from error
         time.sleep(1)
 
 
