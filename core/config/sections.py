@@ -148,6 +148,11 @@ class FeaturesConfig(Section):
     """Target features that the draft head learns from."""
 
     path: str | None = setting(None, "folder that extract_features wrote")
+    store: str | None = setting(
+        None,
+        "where extract_features puts the shards' tensors, if not into output: an address that "
+        "fsspec knows, such as s3://bucket/run; readers fetch them once a node, into AERIE_CACHE",
+    )
     mode: Literal["shards", "stream"] = setting(
         "shards",
         "where train_draft takes features from: shards reads features.path; stream has "

@@ -42,6 +42,7 @@ class Manifest:
         shards: split → stems of its shards, in order.
         top_logits: K; 0 where none are stored.
         target_quantization: of the target's weights when it made them.
+        store: where the tensor files are (`core.data.shard_store`); None for this folder.
     """
 
     target: str
@@ -58,6 +59,7 @@ class Manifest:
     target_quantization: str = "none"
     layer_convention: str = "entering"
     format_version: int = FORMAT_VERSION
+    store: str | None = None
 
     @property
     def bytes_per_token(self) -> int:
@@ -77,8 +79,8 @@ class Manifest:
 
     @property
     def identity(self) -> str:
-        """Hash of everything but the list of shards; every sidecar repeats it."""
-        values = {key: value for key, value in asdict(self).items() if key != "shards"}
+        """Hash of what a shard's bytes depend on; every sidecar repeats it."""
+        values = {k: v for k, v in asdict(self).items() if k not in ("shards", "store")}
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
     def write(self, folder: Path) -> None:

@@ -5,7 +5,8 @@ A folder holds `manifest.json` and, for each split, `<split>/<stem>.safetensors`
 uint8 [T] and `offsets` int64 [E + 1], example e being the rows offsets[e]:offsets[e + 1]. int8
 features have `scales` bfloat16 [T, L, G] beside them (`core.data.groupwise`). Where asked for,
 `top_ids` int32 [T, K] and `top_log_probs` float16 [T, K] are the target's likeliest next tokens.
-The sidecar is written last, so that its presence means that the shard is finished.
+The sidecar is written last, so that its presence means that the shard is finished. The tensor
+file may be in an object store instead (`core.data.shard_store`).
 
 Shapes: T tokens (of a shard or an example), L feature layers, H hidden, G groups of H, K likeliest
 tokens, E examples, V vocabulary.
@@ -29,7 +30,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from core.data import groupwise
+from core.data import groupwise, shard_store
 from core.data.feature_manifest import INT8, Manifest, read_manifest
 from core.errors import InputError, MismatchError, ShapeError
 from core.paths import TEMPORARY, write_atomically
@@ -89,7 +90,7 @@ def write_feature_shard(
     manifest: Manifest,
     top: TopLogits | None = None,
 ) -> ShardRecord:
-    """Write a shard aside, rename it, then write its sidecar.
+    """Write a shard whole or not at all, then its sidecar.
 
     Equal tensors make equal bytes. Several writers of one shard do not harm each other.
 
@@ -104,7 +105,7 @@ def write_feature_shard(
         top: as the manifest's `top_logits` says.
     Raises:
         ShapeError: the tensors disagree with each other or with the manifest.
-        ResourceError: the disk is full.
+        ResourceError: the disk is full, or the store refused.
     """
     _check_shapes(features_TLH, input_ids_T, loss_mask_T, offsets, manifest, top)
     tokens = len(input_ids_T)
@@ -116,7 +117,7 @@ def write_feature_shard(
         "offsets": offsets.to(torch.int64),
     }
     content = save(tensors)
-    write_atomically(shard, content)
+    shard_store.put(shard, content, manifest.store)
     record = ShardRecord(
         manifest=manifest.identity,
         checksum=hashlib.sha256(content).hexdigest(),
@@ -167,20 +168,15 @@ def _encoded(features_TLH: Tensor, dtype: str) -> dict[str, Tensor]:
     }
 
 
-def file_checksum(path: Path) -> str:
-    """SHA-256 of a file (1.8 GB/s where the CPU has instructions for it)."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def finished_record(shard: Path, manifest: Manifest) -> ShardRecord | None:
     """The record of a shard that is finished and of its recorded size; None if it is to be made."""
     try:
         record = ShardRecord(**json.loads(sidecar(shard).read_text()))
-        size = shard.stat().st_size
     except (FileNotFoundError, ValueError, TypeError):
         return None
-    return record if record.manifest == manifest.identity and record.bytes == size else None
+    if record.manifest != manifest.identity:
+        return None
+    return record if record.bytes == shard_store.size(shard, manifest.store) else None
 
 
 def verify_shard(shard: Path, manifest: Manifest) -> ShardRecord:
@@ -190,7 +186,7 @@ def verify_shard(shard: Path, manifest: Manifest) -> ShardRecord:
         InputError: it is unfinished or damaged; the message says what to do.
     """
     record = finished_record(shard, manifest)
-    if record is None or file_checksum(shard) != record.checksum:
+    if record is None or shard_store.stored_checksum(shard, manifest.store) != record.checksum:
         raise InputError(_damaged(shard, "is missing, damaged or unfinished"))
     return record
 
@@ -261,6 +257,7 @@ class FeatureDataset:
             )
         self._shards = [self.folder / split / f"{stem}.safetensors" for stem in stems]
         self._open: dict[int, Any] = {}
+        self._records = [self._record(shard) for shard in self._shards]
         self._offsets = [self._read_offsets(number) for number in range(len(self._shards))]
         # Examples before each shard, for finding an example's shard by bisection.
         self._first = np.cumsum([0, *(len(offsets) - 1 for offsets in self._offsets)]).tolist()
@@ -334,22 +331,27 @@ class FeatureDataset:
 
     def _file(self, number: int) -> Any:
         if number not in self._open:
-            self._open[number] = _open_shard(self._shards[number])
+            self._open[number] = self._open_shard(number)
         return self._open[number]
 
     def _read_offsets(self, number: int) -> NDArray[np.int64]:
-        shard = self._shards[number]
-        if finished_record(shard, self.manifest) is None:
-            raise InputError(_damaged(shard, "is missing, cut off or unfinished"))
-        offsets: NDArray[np.int64] = _open_shard(shard).get_tensor("offsets").numpy()
+        offsets: NDArray[np.int64] = self._open_shard(number).get_tensor("offsets").numpy()
         return offsets
 
+    def _record(self, shard: Path) -> ShardRecord:
+        record = finished_record(shard, self.manifest)
+        if record is None:
+            raise InputError(_damaged(shard, "is missing, cut off or unfinished"))
+        return record
 
-def _open_shard(shard: Path) -> Any:
-    try:
-        return safe_open(shard, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise InputError(_damaged(shard, f"cannot be read ({error})")) from error
+    def _open_shard(self, number: int) -> Any:
+        shard = self._shards[number]
+        # On another node than the one that opened the dataset it may have to be fetched.
+        file = shard_store.local_file(shard, self.manifest.store, self._records[number].checksum)
+        try:
+            return safe_open(file, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise InputError(_damaged(shard, f"cannot be read ({error})")) from error
 
 
 def _damaged(shard: Path, what: str) -> str:

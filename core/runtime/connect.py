@@ -100,6 +100,8 @@ def connect(config: ClusterConfig, *, dashboard: bool = False) -> None:
     if address == "local":
         # It announces that the token is on, which is as it should be on a machine of one's own.
         logging.getLogger(TOKEN_LOGGER).setLevel(logging.ERROR)
+        # Ray's workers give way to all other processes, but here they do what the user waits for.
+        os.environ.setdefault("RAY_worker_niceness", "0")
         settings = {
             "num_cpus": config.num_cpus,
             "object_store_memory": config.object_store_mb * 10**6,

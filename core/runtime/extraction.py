@@ -20,6 +20,7 @@ from core.config import Config, FeaturesConfig, TargetConfig
 from core.data.examples import SPLITS, example_shards, read_examples, read_metadata
 from core.data.feature_manifest import Manifest
 from core.data.feature_shards import ShardRecord, finished_record, remove_leftovers
+from core.data.shard_store import check_store
 from core.data.template import tokenizer_hash
 from core.errors import InputError, MismatchError
 from core.models.features import extract_shard, feature_layers, load_for_extraction
@@ -71,7 +72,7 @@ def extraction_resources(config: Config) -> Resources:
     return Resources(
         cpus=config.features.cpus_per_replica,
         gpus=config.features.gpus_per_replica,
-        disk_gb=max(0, tokens * manifest.bytes_per_token - there) / 1e9,
+        disk_gb=0 if manifest.store else max(0, tokens * manifest.bytes_per_token - there) / 1e9,
         because="features.cpus_per_replica, features.gpus_per_replica",
     )
 
@@ -101,6 +102,7 @@ def extract_features(config: Config, folder: RunFolder) -> Mapping[str, Any]:
     manifest = plan_manifest(config, paths["data.examples"], paths["target.path"])
     output = folder.path.absolute()
     manifest.write(output)
+    check_store(manifest.store)
     tasks = _unfinished(paths["data.examples"], output, manifest)
     total = sum(len(stems) for stems in manifest.shards.values())
     skipped = total - len(tasks)
@@ -175,6 +177,7 @@ def plan_manifest(config: Config, examples: Path, target: Path) -> Manifest:
         shards={split: tuple(shard.stem for shard in found) for split, found in shards.items()},
         top_logits=config.features.top_logits,
         target_quantization=config.target.quantization,
+        store=config.features.store,
     )
 
 

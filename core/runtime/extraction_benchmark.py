@@ -189,7 +189,7 @@ class _Bench:
         records = [
             extract_shard(
                 target,
-                read_examples(Path(task["examples"])),
+                read_examples(Path(task["work"])),
                 folder / f"{number}.safetensors",
                 self.manifest,
                 self.config.features.batch_tokens,
@@ -230,7 +230,7 @@ class _Bench:
     def storage(self) -> dict[str, dict[str, float]]:
         """What each dtype costs: bytes a token on disk, and the error it adds."""
         target, folder = self.target, self._fresh()
-        examples = read_examples(Path(self.tasks[0]["examples"]))
+        examples = read_examples(Path(self.tasks[0]["work"]))
         float16 = 2 * self.manifest.hidden_size * len(self.manifest.feature_layers)
         found, exact = {}, None
         # float32 holds exactly what the target computes.
@@ -270,7 +270,7 @@ class _Bench:
 
     def _examples(self) -> Iterator[Example]:
         for task in self.tasks:
-            yield from read_examples(Path(task["examples"]))
+            yield from read_examples(Path(task["work"]))
 
     def _warm(self, target: Target) -> Target:
         # A process's first passes take several times as long.
@@ -286,7 +286,7 @@ class _Bench:
 
 def _so_many(tasks: list[dict[str, str]], config: Config) -> Iterator[dict[str, str]]:
     """The first shards, up to the tokens asked for."""
-    sizes = itertools.accumulate(count_tokens(Path(task["examples"])) for task in tasks)
+    sizes = itertools.accumulate(count_tokens(Path(task["work"])) for task in tasks)
     for task, total in zip(tasks, sizes, strict=True):
         if total > config.benchmark.max_tokens:
             return
