@@ -21,6 +21,8 @@ from core.paths import TEMPORARY, naming_a_full_disk, write_atomically
 
 CACHE_VARIABLE = "AERIE_CACHE"
 DEFAULT_CACHE = "~/.cache/aerie"
+# They have no folders: what would be made is a bucket, for every mistyped name.
+FOLDERLESS = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "oss", "oci"})
 
 
 def check_store(address: str | None) -> None:
@@ -34,7 +36,7 @@ def check_store(address: str | None) -> None:
     files, root = _open(address)
     probe = f"{root}/.aerie-{uuid.uuid4().hex}"
     try:
-        files.makedirs(root, exist_ok=True)
+        _make_folder(files, root)
         files.pipe_file(probe, b"")
         files.rm_file(probe)
     except Exception as error:
@@ -56,7 +58,7 @@ def put(shard: Path, content: bytes, store: str | None) -> None:
         return
     files, root = _open(store)
     try:
-        files.makedirs(f"{root}/{shard.parent.name}", exist_ok=True)
+        _make_folder(files, f"{root}/{shard.parent.name}")
         # An object store shows an object when it has all of it; for others there is the sidecar.
         files.pipe_file(_key(shard, root), content)
     except Exception as error:
@@ -132,6 +134,12 @@ def _open(address: str) -> tuple[Any, str]:
             "package installed on every node (s3fs for s3://, gcsfs for gs://)"
         ) from error
     return files, str(root).rstrip("/")
+
+
+def _make_folder(files: Any, path: str) -> None:
+    names = (files.protocol,) if isinstance(files.protocol, str) else files.protocol
+    if not FOLDERLESS.intersection(names):
+        files.makedirs(path, exist_ok=True)
 
 
 def _key(shard: Path, root: str) -> str:

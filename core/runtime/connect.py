@@ -106,6 +106,8 @@ def connect(config: ClusterConfig, *, dashboard: bool = False) -> None:
             "num_cpus": config.num_cpus,
             "object_store_memory": config.object_store_mb * 10**6,
             "include_dashboard": dashboard,
+            # Ray Train warns every second that it cannot ask a dashboard which is not there.
+            "logging_config": ray.LoggingConfig(log_level="ERROR"),
         }
     elif config.send_code and not inside_submitted_job():
         environment["working_dir"] = "."
