@@ -22,7 +22,7 @@ from core.runtime.preparation import (
 JOB = job.Job(
     name="prepare_data",
     summary="Conversations to examples (tokens and loss mask) and held-out prompts.",
-    sections=("data",),
+    sections=("target.path", "target.template", "data"),
     inputs=preparation_inputs,
     run=prepare,
     resources=preparation_resources,

@@ -35,19 +35,24 @@ def load_config(path: str | None, overrides: Sequence[str] = ()) -> Config:
 
 
 def describe(sections: Iterable[str]) -> str:
-    """One line a field, `section.field=default  meaning`, for the sections named."""
+    """One line a field, `section.field=default  meaning`, for the sections or fields named."""
     lines = []
+    seen = ""
     for name in ("output", "overwrite"):
         lines.append(_describe_field(name, Config, name))
-    for section in sections:
+    for one in sections:
+        section, _, only = one.partition(".")
         if section == "draft":
             for kind, cls in DRAFT_CONFIGS.items():
                 lines.append(f"\n  draft, where draft.kind={kind}: {_summary(cls)}")
                 lines += [_describe_field(f"draft.{name}", cls, name) for name in cls.model_fields]
             continue
         cls = type(getattr(Config(), section))
-        lines.append(f"\n  {section}: {_summary(cls)}")
-        lines += [_describe_field(f"{section}.{name}", cls, name) for name in cls.model_fields]
+        if section != seen:
+            lines.append(f"\n  {section}: {_summary(cls)}")
+        seen = section
+        names = [only] if only else cls.model_fields
+        lines += [_describe_field(f"{section}.{name}", cls, name) for name in names]
     return "\n".join(lines)
 
 

@@ -64,17 +64,25 @@ class Config(Section):
 
     def identity(self, sections: Iterable[str]) -> dict[str, Any]:
         """The values of these sections that can change a result, for a stage's identity."""
-        picture: dict[str, Any] = {}
-        for name in sections:
-            section: Section = getattr(self, name)
-            picture[name] = {
-                key: value
-                for key, value in section.model_dump(mode="json").items()
-                if _counts(type(section), key)
-            }
+        return {
+            name: {key: value for key, value in values.items() if self._counts(name, key)}
+            for name, values in self.shown(sections).items()
+        }
+
+    def shown(self, sections: Iterable[str]) -> dict[str, dict[str, Any]]:
+        """The values of sections, as plain data.
+
+        Args:
+            sections: names, or `section.field` where a stage reads that field alone.
+        """
+        picture: dict[str, dict[str, Any]] = {}
+        for one in sections:
+            name, _, only = one.partition(".")
+            values = getattr(self, name).model_dump(mode="json")
+            found = picture.setdefault(name, {})
+            found.update({only: values[only]} if only else values)
         return picture
 
-
-def _counts(section: type[Section], key: str) -> bool:
-    extra = section.model_fields[key].json_schema_extra
-    return not (isinstance(extra, dict) and extra.get("identity") is False)
+    def _counts(self, section: str, key: str) -> bool:
+        extra = type(getattr(self, section)).model_fields[key].json_schema_extra
+        return not (isinstance(extra, dict) and extra.get("identity") is False)

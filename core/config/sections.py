@@ -26,10 +26,18 @@ class ConvertConfig(Section):
     seed: int = field(0, "seed of the weights of `tiny-random`")
 
 
+TemplateName = Literal["auto", "llama-2", "vicuna", "mixtral", "llama-3", "qwen-2"]
+
+
 class TargetConfig(Section):
     """The target model: the one whose output is kept."""
 
     path: str | None = setting(None, "HF folder or hub id of the target model")
+    template: TemplateName = field(
+        "auto",
+        "chat template, for prepare_data and wherever the target is spoken to; auto takes the "
+        "tokenizer's own, a name the one of that family",
+    )
     dtype: DType = field("bfloat16", "dtype of the target's weights and activations")
     device: Literal["auto", "cpu", "cuda"] = setting(
         "auto", "where the target runs; auto takes a GPU if the worker has one"
@@ -58,7 +66,6 @@ RuleName = Literal[
     "unanswered_turn",
 ]
 FormatName = Literal["auto", "gdgpt", "sharegpt", "messages", "pairs", "alpaca", "prompt", "text"]
-TemplateName = Literal["auto", "llama-2", "vicuna", "mixtral", "llama-3", "qwen-2"]
 
 
 class DataConfig(Section):
@@ -72,9 +79,6 @@ class DataConfig(Section):
     examples: str | None = setting(None, "folder that prepare_data wrote")
     format: FormatName = field(
         "auto", "record format of data.path; auto tells it record by record, so they may be mixed"
-    )
-    template: TemplateName = field(
-        "auto", "chat template; auto takes the tokenizer's own, a name the one of that family"
     )
     max_length: int = field(2048, "longest example, in tokens", ge=16)
     too_long: Literal["split", "cut"] = field(

@@ -151,7 +151,7 @@ def chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
     if not template:
         raise TemplateError(
             f"the tokenizer {tokenizer.name_or_path!r} has no chat template; name its "
-            f"family's by data.template={'|'.join(BUILT_IN)}, use the instruct variant of the "
+            f"family's by target.template={'|'.join(BUILT_IN)}, use the instruct variant of the "
             "model, or put a chat_template.jinja into its folder"
         )
     return str(template)

@@ -28,6 +28,8 @@ from transformers.cache_utils import Cache
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from core.config import TargetConfig
+from core.config.sections import TemplateName
+from core.data.chat_templates import AUTO, use_template
 from core.errors import ConfigError, InputError
 from core.models.packed import pack_linears
 from core.provenance import fingerprint, hash_json
@@ -219,9 +221,22 @@ def target_fingerprint(folder: Path) -> str:
     return hash_json({file.name: fingerprint(file) for file in files})
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of an HF folder."""
-    return cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(folder))
+def load_tokenizer(folder: Path, template: TemplateName = AUTO) -> PreTrainedTokenizerBase:
+    """The tokenizer of an HF folder, with its own chat template or the named family's.
+
+    Raises:
+        InputError: it cannot be loaded.
+        MismatchError: the template is made of tokens that it does not have.
+    """
+    try:
+        tokenizer = cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(folder))
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"target.path={folder}: its tokenizer cannot be loaded ({error}); give a folder with "
+            "the model's tokenizer files"
+        ) from error
+    use_template(tokenizer, template)
+    return tokenizer
 
 
 def load_target(config: TargetConfig, num_threads: int | None = None) -> Target:
@@ -246,7 +261,7 @@ def load_target(config: TargetConfig, num_threads: int | None = None) -> Target:
         device = model.device
     if config.pack_linear and device.type == "cpu":
         pack_linears(model)
-    tokenizer = load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder, config.template)
     return Target(
         model=model,
         tokenizer=tokenizer,

@@ -13,9 +13,8 @@ import pyarrow.parquet as pq
 import ray.data
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from core.config import Config
-from core.config.sections import DataConfig
-from core.data.chat_templates import use_template
+from core.config import Config, TargetConfig
+from core.config.sections import DataConfig, TemplateName
 from core.data.conversations import Conversation, unpack_messages
 from core.data.prompts import prompts_of, questions_of
 from core.data.splitting import encode_parts
@@ -50,7 +49,7 @@ def encode_all(selected: Path, config: Config, tokenizer: str) -> Iterator[dict[
 
     Args:
         selected: a file of SELECTED_SCHEMA; its row groups are what a worker takes at a time.
-        config: the target's path and the data section.
+        config: the sections target (path and template) and data.
         tokenizer: the tokenizer's hash here.
 
     Yields:
@@ -64,7 +63,8 @@ def encode_all(selected: Path, config: Config, tokenizer: str) -> Iterator[dict[
         {"path": str(selected), "group": group}
         for group in range(pq.ParquetFile(selected).metadata.num_row_groups)
     ]
-    target = target_location(str(config.target.path))
+    location = target_location(str(config.target.path))
+    target = config.target.model_copy(update={"path": location})
     dataset = ray.data.from_items(groups, override_num_blocks=len(groups)).map_batches(
         encode_group,
         fn_args=(target, tokenizer, config.data),
@@ -87,7 +87,9 @@ def _rows(batch: pa.Table) -> Iterator[dict[str, Any]]:
         yield row
 
 
-def encode_group(items: pa.Table, target: str, tokenizer: str, data: DataConfig) -> pa.Table:
+def encode_group(
+    items: pa.Table, target: TargetConfig, tokenizer: str, data: DataConfig
+) -> pa.Table:
     """Row groups of SELECTED_SCHEMA to a table of ENCODED_SCHEMA, in a worker.
 
     A task, not an actor: Ray keeps its worker processes, and with them what they have imported
@@ -99,7 +101,7 @@ def encode_group(items: pa.Table, target: str, tokenizer: str, data: DataConfig)
             selected = file.read_row_group(item["group"]).to_pylist()
         for row in selected:
             try:
-                loaded = _worker_tokenizer(target, tokenizer, data.template)
+                loaded = _worker_tokenizer(str(target.path), tokenizer, target.template)
                 rows.append(encode_row(loaded, row, data))
             except UserError as error:
                 # As a value: Ray would wrap an exception in its own and lose which came first.
@@ -135,7 +137,9 @@ def encode_row(
 
 
 @functools.lru_cache(maxsize=1)
-def _worker_tokenizer(location: str, expected: str, template: str) -> PreTrainedTokenizerBase:
+def _worker_tokenizer(
+    location: str, expected: str, template: TemplateName
+) -> PreTrainedTokenizerBase:
     tokenizer = load_chat_tokenizer(target_folder(location), template)
     if tokenizer_hash(tokenizer) != expected:
         raise MismatchError(
@@ -145,20 +149,13 @@ def _worker_tokenizer(location: str, expected: str, template: str) -> PreTrained
     return tokenizer
 
 
-def load_chat_tokenizer(folder: Path, template: str) -> PreTrainedTokenizerBase:
+def load_chat_tokenizer(folder: Path, template: TemplateName) -> PreTrainedTokenizerBase:
     """A target's tokenizer, with its own chat template or the named family's.
 
     Raises:
         UserError: it cannot be loaded, has no template, or does not go with the one that is named.
     """
     quiet_transformers()
-    try:
-        tokenizer = load_tokenizer(folder)
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"target.path={folder}: its tokenizer cannot be loaded ({error}); give a folder with "
-            "the model's tokenizer files"
-        ) from error
-    use_template(tokenizer, template)
+    tokenizer = load_tokenizer(folder, template)
     chat_template(tokenizer)
     return tokenizer

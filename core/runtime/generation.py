@@ -198,7 +198,7 @@ def _synthesize(
 ) -> tuple[list[Conversation], dict[str, Any]]:
     """Prompts that the target made up and the filter kept, as conversations of one turn."""
     generate = config.generate
-    tokenizer = load_tokenizer(target_folder(config.target.path))
+    tokenizer = load_tokenizer(target_folder(config.target.path), config.target.template)
     chosen = PromptFilter(user_turn(tokenizer), tokenizer.all_special_tokens,
                           generate.min_prompt_words)  # fmt: skip
     tasks = [

@@ -30,7 +30,8 @@ class Job:
     Attributes:
         name: the module's name in `jobs`.
         summary: what it does, for `--help`.
-        sections: the config sections that it reads; they make up the run's identity.
+        sections: the config sections, or single fields (`section.field`), that it reads; they
+            make up the run's identity.
         counted: of these sections, the ones that count for a config; None where all always do.
         inputs: resolves the input paths (config field → path) or raises InputError.
         run: does the work, given the started run folder, and returns the report.
@@ -191,7 +192,7 @@ def act(job: Job, arguments: argparse.Namespace, config: Config) -> None:
 def _dry_run(job: Job, config: Config) -> None:
     check_output(config)
     inputs = job.inputs(config)
-    shown = {"output": config.output, **{s: _section(config, s) for s in job.sections}}
+    shown = {"output": config.output, **config.shown(job.sections)}
     print(yaml.safe_dump(shown, sort_keys=False), end="")
     print("inputs:" + ("" if inputs else " none"))
     for name, path in inputs.items():
@@ -201,11 +202,6 @@ def _dry_run(job: Job, config: Config) -> None:
     print("resources:")
     print(describe_resources(job.resources(config), config))
     check_resources(job.resources(config), config, job.name)
-
-
-def _section(config: Config, name: str) -> dict[str, Any]:
-    values: dict[str, Any] = getattr(config, name).model_dump(mode="json")
-    return values
 
 
 def _parser(job: Job) -> argparse.ArgumentParser:

@@ -133,7 +133,7 @@ def _check_bad_records(config: Config, outcome: Mapping[str, Any]) -> None:
 
 def _prepare(config: Config, folder: RunFolder) -> dict[str, Any]:
     # Before anything is read: a tokenizer without a template should not cost a minute to find.
-    tokenizer = load_chat_tokenizer(target_folder(config.target.path), config.data.template)
+    tokenizer = load_chat_tokenizer(target_folder(config.target.path), config.target.template)
     hashes = tokenizer_hash(tokenizer), template_hash(tokenizer)
     _check_languages(config.data)
     aside = folder.path / ASIDE
@@ -263,7 +263,7 @@ def _examples(row: Mapping[str, Any]) -> Iterator[Example]:
 
 def inspect_examples(config: Config, count: int) -> None:
     """`--inspect N`: print examples, the unsupervised tokens dimmed."""
-    tokenizer = load_chat_tokenizer(target_folder(config.target.path), config.data.template)
+    tokenizer = load_chat_tokenizer(target_folder(config.target.path), config.target.template)
     show_examples(_written(config), tokenizer, count)
 
 

@@ -394,8 +394,8 @@ def test_a_tokenizer_without_template(tmp_path, target, write_json, capsys):
     assert main(command) == 2
     error = capsys.readouterr().err
     assert "has no chat template" in error
-    assert "data.template=llama-2|vicuna|mixtral|llama-3|qwen-2" in error
+    assert "target.template=llama-2|vicuna|mixtral|llama-3|qwen-2" in error
     assert error.count("\n") == 1
-    assert main([*command, "data.template=vicuna"]) == 0
+    assert main([*command, "target.template=vicuna"]) == 0
     (first, *_) = examples_in(tmp_path / "out")
     assert "USER: " in byte_tokenizer().decode(first.input_ids_T)

@@ -180,7 +180,7 @@ def test_a_family_that_is_not_the_tokenizers_is_refused():
 def test_a_tokenizer_without_template_names_the_choices():
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = None
-    with pytest.raises(TemplateError, match=r"data.template=llama-2\|vicuna\|mixtral\|llama-3\|"):
+    with pytest.raises(TemplateError, match=r"target.template=llama-2\|vicuna\|mixtral\|llama-3\|"):
         chat_template(tokenizer)
 
 

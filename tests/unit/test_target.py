@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from transformers import (
 )
 
 from core.config import TargetConfig
+from core.data.conversations import Message
+from core.data.template import encode_prompt
 from core.decode.cache import SequenceCache
 from core.errors import ConfigError, InputError
 from core.models.packed import PackedLinear
@@ -177,3 +180,18 @@ def test_the_tokenizer_of_the_tiny_target_speaks_its_chat(tiny_target_folder: Pa
         [{"role": "user", "content": "hi"}], tokenize=False, add_generation_prompt=True
     )
     assert text == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_a_tokenizer_without_template_speaks_its_familys(
+    tiny_target_folder: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(tiny_target_folder, tmp_path / "bare"))
+    for path in folder.glob("chat_template*"):
+        path.unlink()
+    question = [Message("user", "hi")]
+    with pytest.raises(InputError, match="has no chat template"):
+        encode_prompt(load_target(TargetConfig(path=str(folder))).tokenizer, question)
+    target = load_target(TargetConfig(path=str(folder), template="vicuna"))
+    assert "USER: hi ASSISTANT:" in target.tokenizer.decode(
+        encode_prompt(target.tokenizer, question)
+    )

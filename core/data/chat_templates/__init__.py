@@ -49,7 +49,7 @@ def use_template(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
         missing = [token for token in needed if token not in known]
     if missing:
         raise MismatchError(
-            f"data.template={name}: the tokenizer {tokenizer.name_or_path!r} has no "
+            f"target.template={name}: the tokenizer {tokenizer.name_or_path!r} has no "
             f"{', '.join(missing)}, so that template is not this model's; use its own (auto), or "
             f"another of {', '.join(BUILT_IN)}"
         )
