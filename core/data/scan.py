@@ -38,14 +38,18 @@ RAW_SCHEMA = pa.schema(
         ("fatal", pa.string()),
     ]
 )
+# A cleaned conversation, on its way from one pass to the other.
+CONVERSATION = (
+    pa.field("content", pa.string()),
+    pa.field("key", pa.uint64()),
+    pa.field("id", pa.string()),
+    pa.field("source", pa.string()),
+    pa.field("kind", pa.string()),
+    pa.field("messages", pa.large_string()),
+)
 SCANNED_SCHEMA = pa.schema(
     [
-        ("content", pa.string()),
-        ("key", pa.uint64()),
-        ("id", pa.string()),
-        ("source", pa.string()),
-        ("kind", pa.string()),
-        ("messages", pa.large_string()),
+        *CONVERSATION,
         ("signature", pa.binary()),
         # The counts of the block, in its last row, which has nothing else.
         ("counts", pa.large_string()),

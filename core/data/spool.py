@@ -22,7 +22,7 @@ import xxhash
 from core.data.cleaning import DUPLICATE, NEAR_DUPLICATE, SAMPLE_CHARACTERS, CleaningCounts
 from core.data.conversations import unpack_messages
 from core.data.near_duplicates import near_duplicates, open_signatures
-from core.data.scan import HASH_BYTES
+from core.data.scan import CONVERSATION, HASH_BYTES
 from core.data.selection import is_held_out
 from core.progress import say
 
@@ -35,27 +35,10 @@ ID_SUFFIX_LENGTH = 8
 PART_OF = re.compile(r"#\d+\Z")
 MIN_GROUP_ROWS, MAX_GROUP_ROWS, GROUPS = 64, 512, 2000
 
-COLUMNS = ("content", "key", "id", "source", "kind", "messages")
-PARTITION_SCHEMA = pa.schema(
-    [
-        ("content", pa.string()),
-        ("key", pa.uint64()),
-        ("id", pa.string()),
-        ("source", pa.string()),
-        ("kind", pa.string()),
-        # Null in what a twin left: its id and source alone.
-        ("messages", pa.large_string()),
-    ]
-)
+# `messages` is null in what a twin left: its id and source alone.
+PARTITION_SCHEMA = pa.schema(CONVERSATION)
 SELECTED_SCHEMA = pa.schema(
-    [
-        ("content", pa.string()),
-        ("id", pa.string()),
-        ("source", pa.string()),
-        ("kind", pa.string()),
-        ("messages", pa.large_string()),
-        ("held_out", pa.bool_()),
-    ]
+    [*(column for column in CONVERSATION if column.name != "key"), pa.field("held_out", pa.bool_())]
 )
 
 
@@ -99,7 +82,7 @@ class Spool:
                 self._signatures.write(one.as_py())
         texts = pc.if_else(mask, table["messages"], pa.scalar(None, pa.large_string()))
         place = table.schema.get_field_index("messages")
-        kept = table.set_column(place, "messages", texts).select(COLUMNS)
+        kept = table.set_column(place, "messages", texts).select(PARTITION_SCHEMA.names)
         self._waiting.append(kept.cast(PARTITION_SCHEMA))
         self._waiting_bytes += kept.nbytes
         if self._waiting_bytes >= max(FLUSH_BYTES, FLUSH_BYTES_PER_PARTITION << self.bits):
