@@ -114,7 +114,7 @@ def read_alpaca(value: Any, source: str) -> Conversation:
     if asked is None or answered is None:
         raise RecordError(f"expected 'instruction' and 'output', got {shown(value)}")
     messages = list(_preamble(value))
-    for number, pair in enumerate(value.get("history") or ()):
+    for number, pair in enumerate(_some(value, "history", "history")):
         if not isinstance(pair, list | tuple) or len(pair) != 2:
             raise RecordError(f"history {number}: expected [question, answer], got {shown(pair)}")
         messages += _exchange(pair[0], pair[1], f"history {number}")
@@ -160,8 +160,8 @@ def read_gdgpt(value: Any, source: str) -> Conversation:
     messages: list[Message] = []
     if kind == "conver_has_api":
         described = value.get("api_desc")
-        text = described if isinstance(described, str) else json.dumps(described)
-        messages.append(_tools_message(text))
+        if described:
+            messages.append(_tools_message(_as_text(described)))
     for number, turn in enumerate(_list_of(value, "rounds")):
         messages += _gdgpt_round(turn, number)
     if kind == "ref_qa":
@@ -202,7 +202,9 @@ def _conversation(
     value: Mapping[str, Any], messages: Iterable[Message], source: str, kind: Kind = "chat"
 ) -> Conversation:
     own_id = value.get("id")
-    return Conversation("" if own_id is None else str(own_id), tuple(messages), source, kind)
+    # Half a surrogate pair is valid JSON and no valid text.
+    name = "" if own_id is None else str(own_id).encode("utf-8", "replace").decode()
+    return Conversation(name, tuple(messages), source, kind)
 
 
 def _require_object(value: Any) -> None:
@@ -218,6 +220,19 @@ def _list_of(value: Any, name: str) -> list[Any]:
         got = f"{shown(turns)} there" if name in value else shown(value)
         raise RecordError(f"expected a list under {name!r}, got {got}")
     return turns
+
+
+def _some(value: Mapping[str, Any], name: str, where: str) -> list[Any]:
+    """The list under `name`; an empty one where nothing is."""
+    found = value.get(name)
+    if found is None or isinstance(found, list):
+        return found or []
+    raise RecordError(f"{where}: expected a list under {name!r}, got {shown(found)}")
+
+
+def _as_text(value: Any) -> str:
+    """A text as it is, anything else as JSON."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def _first(value: Mapping[str, Any], names: Iterable[str]) -> str | None:
@@ -241,8 +256,7 @@ def _preamble(value: Mapping[str, Any]) -> list[Message]:
         parts.append(system)
     tools = value.get("tools") or value.get("functions")
     if tools and tools != "[]":
-        text = tools if isinstance(tools, str) else json.dumps(tools, ensure_ascii=False)
-        parts.append(_tools_message(text).content)
+        parts.append(_tools_message(_as_text(tools)).content)
     return [Message("system", "\n\n".join(parts))] if parts else []
 
 
@@ -288,7 +302,7 @@ def _openai_turn(turn: Any, number: int) -> Message:
     if not isinstance(turn, dict) or "role" not in turn:
         raise RecordError(f"turn {number}: expected 'role' and 'content', got {shown(turn)}")
     role = _role(turn["role"], "role", number)
-    calls = turn.get("tool_calls") or ()
+    calls = _some(turn, "tool_calls", f"turn {number}")
     functions = [call.get("function") for call in calls if isinstance(call, dict)]
     if turn.get("function_call"):
         functions.append(turn["function_call"])
@@ -330,7 +344,7 @@ def _gdgpt_round(turn: Any, number: int) -> list[Message]:
     if speaker != "ans-api" or not isinstance(said, dict):
         raise RecordError(f"round {number}: expected ask, ans or ans-api, got {shown(turn)}")
     messages: list[Message] = []
-    for action in said.get("actions") or ():
+    for action in _some(said, "actions", f"round {number}"):
         if not isinstance(action, dict) or "api_name" not in action:
             raise RecordError(
                 f"round {number}: expected an action's 'api_name', got {shown(action)}"
@@ -338,9 +352,8 @@ def _gdgpt_round(turn: Any, number: int) -> list[Message]:
         thought = str(action.get("inner_thought") or "").strip()
         call = _call(action["api_name"], action.get("api_param", {}))
         messages.append(Message("assistant", f"{thought}\n{call}" if thought else call))
-        result = action.get("api_res", "")
-        text = result if isinstance(result, str) else json.dumps(result, ensure_ascii=False)
-        messages.append(Message("tool", text))
+        result = action.get("api_res")
+        messages.append(Message("tool", "" if result is None else _as_text(result)))
     return [*messages, Message("assistant", _text(said.get("ans"), f"round {number}"))]
 
 

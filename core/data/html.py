@@ -23,10 +23,17 @@ def html_to_markdown(text: str) -> str:
     """Markdown of a turn that is HTML from end to end; any other text as it is.
 
     Buttons and captions around a code block go; its code stays as it is, in a fence that names
-    the language where the page did.
+    the language where the page did. A page that is nested too deeply to walk through is left alone.
     """
     if "<" not in text or not (STARTS_AS_HTML.match(text) and ENDS_AS_HTML.search(text)):
         return text
+    try:
+        return _converted(text)
+    except RecursionError:
+        return text
+
+
+def _converted(text: str) -> str:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", MarkupResemblesLocatorWarning)
         soup = BeautifulSoup(text, "html.parser")

@@ -126,6 +126,9 @@ class RecordReader:
         while True:
             following = buffer.peek()
             if following == "]":
+                buffer.skip("]")
+                if buffer.peek():
+                    raise buffer.error(0, "text behind the ']' that ends the array", index)
                 return
             if index and following == ",":
                 buffer.skip(",")
@@ -154,7 +157,8 @@ class _Buffer:
     def __init__(self, reader: RecordReader, file: BinaryIO) -> None:
         self._reader, self._file = reader, file
         self._bytes_to_text = codecs.getincrementaldecoder("utf-8-sig")()
-        self._json = json.JSONDecoder()
+        # Only where a value ends is wanted: int() refuses numbers of thousands of digits.
+        self._json = json.JSONDecoder(parse_int=float)
         self._text, self._at, self._ended = "", 0, False
 
     def peek(self) -> str:
@@ -282,8 +286,16 @@ def find_sources(locations: str | tuple[str, ...], *, field: str) -> list[Source
             files = sorted(p for p in path.rglob("*") if p.suffix in suffixes and p.is_file())
         if not files:
             raise InputError(f"{field}={location}: no {', '.join(suffixes)} in that folder")
+        for file in files:
+            if not _is_text(str(file.absolute())):
+                raise InputError(f"{field}: the name of {str(file)!r} is not UTF-8; rename it")
         sources += [Source(str(file.absolute()), file.name) for file in files]
     return sources
+
+
+def _is_text(name: str) -> bool:
+    """Whether a path can be written as UTF-8; others arrive with lone surrogates."""
+    return not any("\ud800" <= character <= "\udfff" for character in name)
 
 
 class ParquetReader:

@@ -17,6 +17,7 @@ import pyarrow as pa
 from core.config.sections import DataConfig
 from core.data.cleaning import CleaningCounts, Rule, clean, rules_for
 from core.data.conversations import RecordError, pack_messages
+from core.data.formats import read_record
 from core.data.near_duplicates import signature
 from core.data.records import Record, Source
 from core.data.selection import content_hash, order_key
@@ -135,9 +136,6 @@ def scan_block(table: pa.Table, data: DataConfig) -> pa.Table:
     Returns:
         Of SCANNED_SCHEMA: a row for each conversation that is left, and one with the counts.
     """
-    # Not at the top: the formats' table is all that is needed of it.
-    from core.data.formats import read_record
-
     counts = ScanCounts()
     rules = rules_for(data.rules_off, data.only_languages, data.drop_languages, data.mask_pii)
     rows: list[dict[str, Any]] = []
@@ -149,12 +147,17 @@ def scan_block(table: pa.Table, data: DataConfig) -> pa.Table:
         record = Record(row["index"], row["text"], row["problem"])
         try:
             name, conversation = read_record(record.parse(), row["source"], data.format)
+            described = _described(conversation, counts, rules, data)
         except (RecordError, ValueError) as error:
             counts.note_bad(row["place"], row["index"], row["source"], str(error))
             continue
+        except Exception as error:
+            # What no reader or rule foresaw must not cost the other records. It is named.
+            why = f"{type(error).__name__}: {error}"
+            counts.note_bad(row["place"], row["index"], row["source"], why)
+            continue
         counts.read += 1
         counts.formats[name] += 1
-        described = _described(conversation, counts, rules, data)
         if described is not None:
             rows.append(described)
     rows.append({"counts": counts.as_json()})

@@ -1,6 +1,7 @@
 """Reading records: bounded memory, truncation, malformed files, records that are none."""
 
 import json
+import os
 import tracemalloc
 
 import pyarrow as pa
@@ -122,6 +123,21 @@ def test_missing_comma_is_an_error(tmp_path):
     path.write_text('[{"a": 1} {"a": 2}]')
     with pytest.raises(InputError, match="byte 10"):
         values(path)
+
+
+def test_text_behind_the_array_is_an_error(tmp_path):
+    path = tmp_path / "records.json"
+    path.write_text('[{"a": 1}]\n[{"a": 2}]\n')
+    with pytest.raises(InputError, match="behind the ']' that ends the array at byte 11"):
+        values(path)
+
+
+def test_a_file_name_that_is_no_text_is_an_error(tmp_path):
+    path = os.fsencode(tmp_path) + b"/gr\xfc.jsonl"
+    with open(path, "w") as file:
+        file.write("{}")
+    with pytest.raises(InputError, match=r"gr\\udcfc\.jsonl' is not UTF-8"):
+        find_sources(str(tmp_path), field="data.path")
 
 
 def test_array_in_another_encoding_is_an_error(tmp_path):
