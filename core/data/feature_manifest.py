@@ -98,7 +98,10 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     if not path.exists():
         raise InputError(f"{folder}: no {MANIFEST}; is it a folder that extract_features wrote?")
-    content: dict[str, Any] = json.loads(path.read_text())
+    try:
+        content: dict[str, Any] = json.loads(path.read_text())
+    except ValueError as error:
+        raise InputError(f"{path} is damaged ({error}); run extract_features again") from error
     if content.get("format_version") != FORMAT_VERSION:
         raise InputError(
             f"{path}: format version {content.get('format_version')}, this Aerie reads "

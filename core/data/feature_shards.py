@@ -30,8 +30,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from core.data import groupwise, shard_store
+from core.data import groupwise
 from core.data.feature_manifest import INT8, Manifest, read_manifest
+from core.data.shard_store import ShardStore
 from core.errors import InputError, MismatchError, ShapeError
 from core.paths import TEMPORARY, write_atomically
 
@@ -58,6 +59,11 @@ class ShardRecord:
     examples: int
     tokens: int
     padded_tokens: int
+
+
+def store_of(manifest: Manifest) -> ShardStore:
+    """Where the manifest's tensor files are."""
+    return ShardStore(manifest.store, manifest.identity)
 
 
 def sidecar(shard: Path) -> Path:
@@ -117,7 +123,7 @@ def write_feature_shard(
         "offsets": offsets.to(torch.int64),
     }
     content = save(tensors)
-    shard_store.put(shard, content, manifest.store)
+    store_of(manifest).put(shard, content)
     record = ShardRecord(
         manifest=manifest.identity,
         checksum=hashlib.sha256(content).hexdigest(),
@@ -176,7 +182,7 @@ def finished_record(shard: Path, manifest: Manifest) -> ShardRecord | None:
         return None
     if record.manifest != manifest.identity:
         return None
-    return record if record.bytes == shard_store.size(shard, manifest.store) else None
+    return record if record.bytes == store_of(manifest).size(shard) else None
 
 
 def verify_shard(shard: Path, manifest: Manifest) -> ShardRecord:
@@ -186,7 +192,7 @@ def verify_shard(shard: Path, manifest: Manifest) -> ShardRecord:
         InputError: it is unfinished or damaged; the message says what to do.
     """
     record = finished_record(shard, manifest)
-    if record is None or shard_store.stored_checksum(shard, manifest.store) != record.checksum:
+    if record is None or store_of(manifest).checksum(shard) != record.checksum:
         raise InputError(_damaged(shard, "is missing, damaged or unfinished"))
     return record
 
@@ -347,7 +353,7 @@ class FeatureDataset:
     def _open_shard(self, number: int) -> Any:
         shard = self._shards[number]
         # On another node than the one that opened the dataset it may have to be fetched.
-        file = shard_store.local_file(shard, self.manifest.store, self._records[number].checksum)
+        file = store_of(self.manifest).local_file(shard, self._records[number].checksum)
         try:
             return safe_open(file, framework="pt")
         except (SafetensorError, OSError) as error:

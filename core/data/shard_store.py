@@ -2,161 +2,203 @@
 
 Features are the bulk of a run, so `features.store` may name any file system that fsspec knows
 (`s3://bucket/run`, `gs://…`, `hdfs://…`); sidecars and manifest, a few kilobytes a shard, stay in
-the run's folder, and a sidecar is written when its file has arrived. Readers fetch a file once
-for each node into a cache, named by its checksum.
+the run's folder, and a sidecar is written when its file has arrived. In a store, files stand under
+the manifest's identity, so that runs of other targets or settings never meet. Readers fetch a
+file once for each node into a cache, where it is named by its checksum.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import fsspec
 
-from core.errors import InputError, ResourceError
+from core.errors import ConfigError, InputError, UserError
 from core.paths import TEMPORARY, naming_a_full_disk, write_atomically
 
 CACHE_VARIABLE = "AERIE_CACHE"
 DEFAULT_CACHE = "~/.cache/aerie"
 # They have no folders: what would be made is a bucket, for every mistyped name.
 FOLDERLESS = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "oss", "oci"})
+# Gone with their process, or not to be written to.
+UNFIT = ("memory", "http", "https", "data")
+LOCAL = ("file", "local")
+IDENTITY_LENGTH = 16
+BLOCK_BYTES = 2**22
 
 
-def check_store(address: str | None) -> None:
-    """Make sure that a store can be reached and written to, before any work.
+@dataclass(frozen=True)
+class ShardStore:
+    """The files of one manifest's shards.
 
-    Raises:
-        InputError: no such kind of store, or one that refuses.
+    Attributes:
+        address: fsspec's, or None for files beside their sidecars.
+        identity: of the manifest.
     """
-    if address is None:
-        return
-    files, root = _open(address)
-    probe = f"{root}/.aerie-{uuid.uuid4().hex}"
-    try:
-        _make_folder(files, root)
-        files.pipe_file(probe, b"")
-        files.rm_file(probe)
-    except Exception as error:
-        # Every kind of store has errors of its own.
-        raise InputError(
-            f"features.store={address} cannot be written to ({type(error).__name__}: {error}); "
-            "check the address and this machine's credentials for it"
-        ) from error
 
+    address: str | None
+    identity: str
 
-def put(shard: Path, content: bytes, store: str | None) -> None:
-    """Write a tensor file; readers see it whole or not at all.
+    def check(self) -> None:
+        """Make sure that the store can be reached and written to, before any work.
 
-    Raises:
-        ResourceError: no room, or the store refused.
-    """
-    if store is None:
-        write_atomically(shard, content)
-        return
-    files, root = _open(store)
-    try:
-        _make_folder(files, f"{root}/{shard.parent.name}")
-        # An object store shows an object when it has all of it; for others there is the sidecar.
-        files.pipe_file(_key(shard, root), content)
-    except Exception as error:
-        raise ResourceError(
-            f"features.store={store}: {shard.name} cannot be written ({type(error).__name__}: "
-            f"{error}); run the same command again: it goes on from what is finished"
-        ) from error
+        Raises:
+            ConfigError: no address of such a store.
+            InputError: it refuses.
+        """
+        if self.address is None:
+            return
+        scheme, separator, path = self.address.partition("://")
+        relative = scheme in LOCAL and not path.startswith("/")
+        if not separator or scheme in UNFIT or relative:
+            raise ConfigError(
+                f"features.store={self.address}: expected the address of a store that keeps "
+                "files, such as s3://bucket/run or file:///mounted/folder"
+            )
+        with self._telling("cannot be written to"):
+            probe = f"{self._root}/.aerie-{uuid.uuid4().hex}"
+            self._make_folder(self._root)
+            self._files.pipe_file(probe, b"")
+            self._files.rm_file(probe)
 
+    def put(self, shard: Path, content: bytes) -> None:
+        """Write a file. One that was cut off counts for nothing: its sidecar comes later.
 
-def size(shard: Path, store: str | None) -> int | None:
-    """Bytes of a tensor file; None if there is none."""
-    try:
-        if store is None:
-            return shard.stat().st_size
-        files, root = _open(store)
-        return int(files.info(_key(shard, root))["size"])
-    except FileNotFoundError:
-        return None
+        Raises:
+            ResourceError: the disk is full.
+            InputError: the store refused.
+        """
+        if self.address is None:
+            write_atomically(shard, content)
+            return
+        key = self._key(shard)
+        with self._telling(f"{key} cannot be written"):
+            self._make_folder(key.rpartition("/")[0])
+            self._files.pipe_file(key, content)
 
+    def size(self, shard: Path) -> int | None:
+        """Bytes of a file; None if there is none.
 
-def local_file(shard: Path, store: str | None, checksum: str) -> Path:
-    """The file on this node, fetched if need be; what is fetched is compared with its checksum.
-
-    Raises:
-        InputError: the store does not give it, or other bytes.
-        ResourceError: the cache's disk is full.
-    """
-    if store is None:
-        return shard
-    cached = cache_folder() / "features" / f"{checksum}.safetensors"
-    if cached.exists():
-        return cached
-    files, root = _open(store)
-    with naming_a_full_disk(cached):
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        aside = cached.with_name(f".{cached.name}.{uuid.uuid4().hex}{TEMPORARY}")
+        Raises:
+            InputError: the store cannot be asked.
+        """
         try:
-            _download(files, _key(shard, root), aside)
-            if _file_checksum(aside) != checksum:
-                raise InputError(
-                    f"{store}: {shard.parent.name}/{shard.name} is damaged; run extract_features "
-                    "as before, once with --verify, which marks what is damaged, and once without"
-                )
-            aside.replace(cached)
-        finally:
-            aside.unlink(missing_ok=True)
-    return cached
+            if self.address is None:
+                return shard.stat().st_size
+            with self._telling("cannot be read"):
+                return int(self._files.info(self._key(shard))["size"])
+        except FileNotFoundError:
+            return None
+
+    def local_file(self, shard: Path, checksum: str) -> Path:
+        """The file on this node, fetched if need be; what is fetched is compared.
+
+        Raises:
+            InputError: the store has no such file, one of another checksum, or cannot be read.
+            ResourceError: the cache's disk is full.
+        """
+        if self.address is None:
+            return shard
+        cached = cache_folder() / "features" / f"{checksum}.safetensors"
+        if cached.exists():
+            return cached
+        key = self._key(shard)
+        aside = cached.with_name(f".{cached.name}.{uuid.uuid4().hex}{TEMPORARY}")
+        with naming_a_full_disk(cached):
+            cached.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                digest = hashlib.sha256()
+                with aside.open("wb") as file:
+                    for block in self._blocks(key):
+                        digest.update(block)
+                        file.write(block)
+                if digest.hexdigest() != checksum:
+                    raise InputError(f"{self.address}: {key} is damaged; {AGAIN}")
+                aside.replace(cached)
+            except FileNotFoundError as error:
+                raise InputError(f"{self.address}: there is no {key} any more; {AGAIN}") from error
+            finally:
+                aside.unlink(missing_ok=True)
+        return cached
+
+    def checksum(self, shard: Path) -> str:
+        """SHA-256 of a file where it is; a cached copy says nothing about the store.
+
+        Raises:
+            InputError: the store cannot be read.
+        """
+        if self.address is None:
+            with shard.open("rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hashlib.sha256()
+        for block in self._blocks(self._key(shard)):
+            digest.update(block)
+        return digest.hexdigest()
+
+    @property
+    def _root(self) -> str:
+        return str(self._opened[1]).rstrip("/")
+
+    @property
+    def _files(self) -> Any:
+        return self._opened[0]
+
+    @cached_property
+    def _opened(self) -> tuple[Any, str]:
+        opened: tuple[Any, str] = fsspec.core.url_to_fs(self.address)
+        return opened
+
+    def _key(self, shard: Path) -> str:
+        with self._telling("cannot be opened"):
+            root = self._root
+        return f"{root}/{self.identity[:IDENTITY_LENGTH]}/{shard.parent.name}/{shard.name}"
+
+    def _make_folder(self, path: str) -> None:
+        names = self._files.protocol
+        if not FOLDERLESS.intersection((names,) if isinstance(names, str) else names):
+            self._files.makedirs(path, exist_ok=True)
+
+    def _blocks(self, key: str) -> Iterator[bytes]:
+        with self._telling(f"{key} cannot be read"), self._files.open(key, "rb") as file:
+            while block := file.read(BLOCK_BYTES):
+                yield block
+
+    @contextlib.contextmanager
+    def _telling(self, what: str) -> Iterator[None]:
+        """Every store has errors of its own; a file that is not there stays FileNotFoundError."""
+        try:
+            yield
+        except (UserError, GeneratorExit):
+            raise
+        except FileNotFoundError:
+            if "written" in what:
+                raise self._failed(what, "no such bucket or folder") from None
+            raise
+        except Exception as error:
+            raise self._failed(what, f"{type(error).__name__}: {error}") from error
+
+    def _failed(self, what: str, why: str) -> InputError:
+        return InputError(
+            f"features.store={self.address}: {what} ({why}); check the address, this machine's "
+            "credentials, and that fsspec's package for it is installed on every node (s3fs for "
+            "s3://, gcsfs for gs://); the same command goes on from what is finished"
+        )
+
+
+AGAIN = (
+    "run extract_features as before, once with --verify, which marks what is damaged, and once "
+    "without: it computes this shard alone again"
+)
 
 
 def cache_folder() -> Path:
     """Where this node keeps what it fetched: `AERIE_CACHE`, else `~/.cache/aerie`."""
     return Path(os.environ.get(CACHE_VARIABLE) or DEFAULT_CACHE).expanduser()
-
-
-def stored_checksum(shard: Path, store: str | None) -> str:
-    """SHA-256 of a tensor file where it is; a cached copy says nothing about the store."""
-    if store is None:
-        return _file_checksum(shard)
-    files, root = _open(store)
-    digest = hashlib.sha256()
-    with files.open(_key(shard, root), "rb") as file:
-        while block := file.read(2**22):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _open(address: str) -> tuple[Any, str]:
-    try:
-        files, root = fsspec.core.url_to_fs(address)
-    except (ImportError, ValueError) as error:
-        raise InputError(
-            f"features.store={address}: {error}; give an address that fsspec knows, with its "
-            "package installed on every node (s3fs for s3://, gcsfs for gs://)"
-        ) from error
-    return files, str(root).rstrip("/")
-
-
-def _make_folder(files: Any, path: str) -> None:
-    names = (files.protocol,) if isinstance(files.protocol, str) else files.protocol
-    if not FOLDERLESS.intersection(names):
-        files.makedirs(path, exist_ok=True)
-
-
-def _key(shard: Path, root: str) -> str:
-    return f"{root}/{shard.parent.name}/{shard.name}"
-
-
-def _download(files: Any, key: str, aside: Path) -> None:
-    try:
-        files.get_file(key, str(aside))
-    except FileNotFoundError as error:
-        raise InputError(
-            f"{key}: no such object, though its shard is marked as finished; run extract_features "
-            "as before: it computes this shard alone again"
-        ) from error
-
-
-def _file_checksum(path: Path) -> str:
-    """SHA-256 of a file (1.8 GB/s where the CPU has instructions for it)."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -17,10 +17,12 @@ from core.data.feature_shards import (
     FeatureDataset,
     finished_record,
     sidecar,
+    store_of,
     verify_shard,
     write_feature_shard,
 )
-from core.errors import InputError, ResourceError
+from core.data.shard_store import ShardStore
+from core.errors import ConfigError, InputError
 
 LENGTHS = (5, 1, 9)
 
@@ -60,7 +62,8 @@ def write(folder: Path, manifest: Manifest) -> Path:
 
 
 def stored(tmp_path: Path) -> Path:
-    return tmp_path / "store" / "train" / "shard-00000.safetensors"
+    (found,) = (tmp_path / "store").glob("*/train/shard-00000.safetensors")
+    return found
 
 
 def test_the_store_has_the_bytes_and_the_folder_the_record(
@@ -80,9 +83,7 @@ def test_what_the_store_has_is_read_through_the_cache(manifest: Manifest, tmp_pa
     assert torch.equal(dataset[2].features, torch.arange(120.0).view(15, 1, 8)[6:])
     stored(tmp_path).write_bytes(b"")
     # Fetched once, never again.
-    cached = shard_store.local_file(
-        dataset._shards[0], manifest.store, dataset._records[0].checksum
-    )
+    cached = store_of(manifest).local_file(dataset._shards[0], dataset._records[0].checksum)
     assert cached.is_relative_to(tmp_path / "cache")
     assert len(list(cached.parent.iterdir())) == 1
 
@@ -95,7 +96,7 @@ def test_a_damaged_object_is_named_and_not_kept(manifest: Manifest, tmp_path: Pa
     assert finished_record(shard, manifest) is not None
     with pytest.raises(InputError, match="damaged"):
         verify_shard(shard, manifest)
-    with pytest.raises(InputError, match=r"train/shard-00000\.safetensors is damaged"):
+    with pytest.raises(InputError, match=r"train/shard-00000\.safetensors is damaged; run"):
         FeatureDataset(tmp_path / "run", "train")
     assert not list((tmp_path / "cache" / "features").iterdir())
 
@@ -106,16 +107,40 @@ def test_a_lost_object_is_unfinished(manifest: Manifest, tmp_path: Path) -> None
     assert finished_record(shard, manifest) is None
 
 
+def test_runs_of_different_settings_share_a_store(manifest: Manifest, tmp_path: Path) -> None:
+    other = replace(manifest, target="another")
+    shard, others = write(tmp_path / "run", manifest), write(tmp_path / "other", other)
+    assert len(list((tmp_path / "store").rglob("*.safetensors"))) == 2
+    assert verify_shard(shard, manifest).checksum == verify_shard(others, other).checksum
+
+
 @pytest.mark.parametrize(
-    "address", ["no-such-kind://bucket", "file:///proc/no-such-folder"], ids=["kind", "refused"]
+    "address",
+    ["no-such-kind://bucket", "file:///proc/no-such-folder", "ftp://127.0.0.1:1/folder"],
+    ids=["kind", "refused", "unreachable"],
 )
-def test_a_store_that_cannot_be_used_is_refused_at_once(address: str, tmp_path: Path) -> None:
+def test_a_store_that_cannot_be_used_is_refused_at_once(address: str) -> None:
     with pytest.raises(InputError, match=f"features.store={address}"):
-        shard_store.check_store(address)
+        ShardStore(address, "identity").check()
+
+
+@pytest.mark.parametrize(
+    "address", ["", "s3:/bucket", "relative/folder", "memory://x", "file://relative"]
+)
+def test_what_is_no_address_of_a_store_is_refused(address: str) -> None:
+    with pytest.raises(ConfigError, match=f"features.store={address}: expected the address"):
+        ShardStore(address, "identity").check()
+
+
+def test_a_store_that_is_gone_is_no_missing_shard(manifest: Manifest, tmp_path: Path) -> None:
+    shard = write(tmp_path / "run", manifest)
+    gone = replace(manifest, store="ftp://127.0.0.1:1/folder")
+    with pytest.raises(InputError, match="cannot be"):
+        finished_record(shard, gone)
 
 
 def test_a_store_that_fails_on_the_way_leaves_no_record(manifest: Manifest, tmp_path: Path) -> None:
     refusing = replace(manifest, store="file:///proc/no-such-folder")
-    with pytest.raises(ResourceError, match="goes on from what is finished"):
+    with pytest.raises(InputError, match="goes on from what is finished"):
         write(tmp_path / "run", refusing)
     assert not list((tmp_path / "run").rglob("*.json"))
