@@ -17,7 +17,7 @@ from core.runtime import benchmark, job
 JOB = job.Job(
     name="benchmark",
     summary="Compare ways of doing one thing (benchmark.name) side by side in one run.",
-    sections=("benchmark", "target", "features"),
+    sections=("benchmark", "data.examples", "target", "features"),
     inputs=benchmark.inputs,
     run=benchmark.run,
     resources=benchmark.resources,

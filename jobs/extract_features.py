@@ -23,7 +23,7 @@ from core.runtime.feature_checks import inspect_features, verify_features
 JOB = job.Job(
     name="extract_features",
     summary="Store the target's hidden states for every example, sharded, on a pool of replicas.",
-    sections=("target", "features"),
+    sections=("data.examples", "target", "features"),
     inputs=extraction_inputs,
     run=extract_features,
     resources=extraction_resources,

@@ -26,7 +26,7 @@ from core.runtime.training import (
 JOB = job.Job(
     name="train_draft",
     summary="Train a draft head on features: Ray Train workers with a DeepSpeed engine each.",
-    sections=("target", "features", "draft", "train"),
+    sections=("target", "data.examples", "features", "draft", "train", "tracking"),
     counted=counted_sections,
     inputs=training_inputs,
     run=train_draft,

@@ -152,7 +152,7 @@ class FeaturesConfig(Section):
     """Target features that the draft head learns from."""
 
     path: str | None = setting(None, "folder that extract_features wrote")
-    store: str | None = setting(
+    store: str | None = field(
         None,
         "where extract_features puts the shards' tensors, if not into output: an address that "
         "fsspec knows, such as s3://bucket/run; readers fetch them once a node, into AERIE_CACHE",

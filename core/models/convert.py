@@ -6,6 +6,7 @@ import contextlib
 import io
 import math
 import shutil
+import struct
 import sys
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,14 @@ def _count_parameters(file: Path) -> int:
 
 
 def _convert_gguf(path: Path, folder: Path, dtype: torch.dtype) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    except (struct.error, ValueError, IndexError, KeyError) as error:
+        # What the reader of GGUF raises where the file ends too early.
+        raise InputError(
+            f"convert.source={path} cannot be read ({type(error).__name__}: {error}); is it whole? "
+            "Download it again"
+        ) from error
     # Its progress bar, which no setting turns off, fills a job's log with hundreds of lines.
     bar = sys.stderr if sys.stderr.isatty() else io.StringIO()
     with contextlib.redirect_stderr(bar):

@@ -155,7 +155,7 @@ def _submit_here(job: Job, config: Config, path: str | None, overrides: Sequence
     command += [f"output={output}", f"cluster.address={address_here}", "cluster.can_grow=false"]
     # Those that exist here are absolute since the config was loaded.
     inputs = {"convert.source": config.convert.source, "data.path": config.data.path}
-    command += [f"{name}={json.dumps(place)}" for name, place in inputs.items()]
+    command += [f"{name}={json.dumps(place, ensure_ascii=False)}" for name, place in inputs.items()]
     # This Ray has this environment, which need not be on the PATH.
     module = f"jobs.{job.name}"
     return submit(module, command, address, python=sys.executable, patience=AGENT_PATIENCE)

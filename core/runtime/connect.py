@@ -12,7 +12,7 @@ from typing import Any
 import ray
 
 from core.config import ClusterConfig
-from core.errors import InputError
+from core.errors import ConfigError, InputError
 
 # Ray sets this in the driver of a submitted job; its working directory is uploaded already.
 SUBMITTED_JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
@@ -95,6 +95,8 @@ def connect(config: ClusterConfig, *, dashboard: bool = False) -> None:
     if ray.is_initialized():
         return
     address = ray_address(config)
+    if address not in ("local", "auto") and "://" not in address:
+        _check_answers(address)
     environment: dict[str, Any] = {"env_vars": WORKER_ENVIRONMENT}
     settings: dict[str, Any] = {}
     if address == "local":
@@ -114,7 +116,25 @@ def connect(config: ClusterConfig, *, dashboard: bool = False) -> None:
     try:
         ray.init(address=address, runtime_env=environment, logging_level="warning", **settings)
     except ConnectionError as error:
-        raise InputError(
-            f"no Ray answers at {address} (from cluster.address or RAY_ADDRESS): {error}; start a "
-            "cluster there (`ray start --head`), or unset it to run on this machine alone"
-        ) from error
+        raise _no_ray(address, error) from error
+
+
+def _check_answers(address: str) -> None:
+    """Make sure that something listens there; Ray itself would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        raise ConfigError(
+            f"cluster.address={address} (or RAY_ADDRESS): expected host:port of a cluster's head "
+            "(6379 unless it was started with another), ray://host:port, auto or local"
+        )
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except (OSError, OverflowError) as error:
+        raise _no_ray(address, error) from error
+
+
+def _no_ray(address: str, error: Exception) -> InputError:
+    return InputError(
+        f"no Ray answers at {address} (from cluster.address or RAY_ADDRESS): {error}; start a "
+        "cluster there (`ray start --head`), or unset it to run on this machine alone"
+    )

@@ -210,7 +210,7 @@ def _parser(job: Job) -> argparse.ArgumentParser:
         description=job.summary,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="configuration (YAML sections; override as section.field=value):\n"
-        + describe(job.sections)
+        + describe((*job.sections, "cluster") if job.uses_ray else job.sections)
         + "\n\nexit codes: 0 done, 2 bad configuration or input, 1 failure (run it again to go on)",
     )
     parser.add_argument("overrides", nargs="*", metavar="section.field=value")

@@ -48,7 +48,7 @@ def submit(
     address = address or os.environ.get("RAY_API_SERVER_ADDRESS") or DEFAULT_ADDRESS
     try:
         client = JobSubmissionClient(address)
-    except (ConnectionError, RuntimeError) as error:
+    except (ConnectionError, RuntimeError, ValueError) as error:
         raise InputError(
             f"no Ray dashboard answers at {address} ({error}); start a cluster "
             "(`ray start --head`) or give its address with --address"

@@ -220,12 +220,16 @@ def test_help_names_every_field_of_the_job(name: str, capsys: pytest.CaptureFixt
         module.main(["--help"])
     assert stopped.value.code == 0
     text = capsys.readouterr().out
-    for one in module.JOB.sections:
+    documented = [*module.JOB.sections, *(["cluster"] if module.JOB.uses_ray else [])]
+    for one in documented:
         section, _, only = one.partition(".")
         for cls in _sections()[section]:
             for key in [only] if only else cls.model_fields:
                 assert f" {section}.{key}=" in text
                 assert (cls.model_fields[key].description or "") in text
+    with pytest.raises(ConfigError) as missing:
+        module.JOB.inputs(load_config(None, []))
+    assert f" {str(missing.value).split()[0]}=" in text
     assert module.JOB.summary.split()[0] in text and "exit codes" in text
 
 

@@ -83,3 +83,10 @@ def test_other_sources_are_refused(
         gguf_path(config)
     with pytest.raises(error, match=said):
         convert(config, tmp_path / "model")
+
+
+def test_a_gguf_file_that_is_cut_off_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    path.write_bytes(b"GGUF\x03\x00\x00\x00\x10")
+    with pytest.raises(InputError, match="is it whole"):
+        convert(ConvertConfig(source=str(path)), tmp_path / "model")
