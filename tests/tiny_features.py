@@ -6,11 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from core.config import TargetConfig
 from core.data.feature_manifest import Manifest
 from core.data.feature_shards import FeatureDataset, write_feature_shard
-from core.models.target import load_target
+from core.models.features import feature_layers
+from core.models.target import Target, load_target
 from core.models.tiny import save_tiny_target
 from core.train.batches import BatchMaker
 from core.train.task import DraftTask
@@ -27,9 +29,14 @@ def batch_maker(task: DraftTask, *, held_out: bool = False) -> BatchMaker:
         selection=selection,
         dtype=getattr(torch, task.config.train.dtype),
         device=torch.device("cpu"),
-        noise=task.config.draft.noise,
+        noise=getattr(task.config.draft, "noise", 0.0),
         seed=task.config.train.seed,
     )
+
+
+def _features(target: Target, ids_T: Tensor, layers: tuple[int, ...]) -> Tensor:
+    states = target.layer_features(ids_T[None], None, layers)
+    return torch.stack([state_1TH[0] for state_1TH in states], dim=1)
 
 
 def write_tiny_features(
@@ -40,17 +47,21 @@ def write_tiny_features(
     longest: int = 40,
     seed: int = 0,
     dtype: str = "float32",
+    num_layers: int = 2,
 ) -> tuple[Path, Path]:
     """Write `<folder>/target` and `<folder>/features`; returns both.
+
+    A target of more than two layers is deep enough for EAGLE-3, whose features are written.
 
     Sequences are of random tokens and lengths 8..longest, the last half of each supervised.
     """
     target_folder = folder / "target"
-    save_tiny_target(target_folder)
+    save_tiny_target(target_folder, num_layers=num_layers)
     target = load_target(TargetConfig(path=str(target_folder), dtype="float32"), num_threads=1)
+    layers = feature_layers("eagle3" if num_layers > 2 else "final", num_layers)
     manifest = Manifest(
         target=target.fingerprint,
-        feature_layers=(2,),
+        feature_layers=layers,
         final_norm=True,
         dtype=dtype,
         hidden_size=target.hidden_size,
@@ -73,7 +84,7 @@ def write_tiny_features(
             mask = [torch.arange(length) >= length // 2 for length in lengths]
             write_feature_shard(
                 features / split / f"{stems[-1]}.safetensors",
-                features_TLH=torch.cat([target.features(row[None])[0] for row in ids])[:, None],
+                features_TLH=torch.cat([_features(target, row, layers) for row in ids]),
                 input_ids_T=torch.cat(ids),
                 loss_mask_T=torch.cat(mask),
                 offsets=torch.tensor([0, *lengths]).cumsum(0),

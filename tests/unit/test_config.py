@@ -279,10 +279,10 @@ def test_an_algorithm_is_found_by_its_file_alone(tmp_path: Path) -> None:
         check=True,
     )
     kinds, chain, default, link, chian, links, described, heavy = done.stdout.splitlines()
-    assert kinds == "['chain', 'eagle1']"
+    assert kinds == "['chain', 'eagle1', 'eagle3']"
     assert chain == "ChainConfig 5 8192"
     assert default == "Eagle1Config"
     assert link.endswith("unknown key draft.link; did you mean draft.links?")
-    assert "chian" in chian and "'chain', 'eagle1'" in chian
+    assert "chian" in chian and "'chain', 'eagle1', 'eagle3'" in chian
     assert "unknown key draft.links" in links
     assert (described, heavy) == ("True", "[]")
