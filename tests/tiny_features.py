@@ -6,12 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from core.config import TargetConfig
 from core.data.feature_manifest import Manifest
 from core.data.feature_shards import FeatureDataset, write_feature_shard
-from core.models.features import feature_layers
 from core.models.target import Target, load_target
 from core.models.tiny import save_tiny_target
 from core.train.batches import BatchMaker
@@ -34,11 +32,6 @@ def batch_maker(task: DraftTask, *, held_out: bool = False) -> BatchMaker:
     )
 
 
-def _features(target: Target, ids_T: Tensor, layers: tuple[int, ...]) -> Tensor:
-    states = target.layer_features(ids_T[None], None, layers)
-    return torch.stack([state_1TH[0] for state_1TH in states], dim=1)
-
-
 def write_tiny_features(
     folder: Path,
     *,
@@ -47,18 +40,18 @@ def write_tiny_features(
     longest: int = 40,
     seed: int = 0,
     dtype: str = "float32",
+    layers: tuple[int, ...] = (2,),
     num_layers: int = 2,
 ) -> tuple[Path, Path]:
     """Write `<folder>/target` and `<folder>/features`; returns both.
 
-    A target of more than two layers is deep enough for EAGLE-3, whose features are written.
-
     Sequences are of random tokens and lengths 8..longest, the last half of each supervised.
+    Features are the states entering these layers of the target, which has `num_layers`; that
+    number is the final one's.
     """
     target_folder = folder / "target"
     save_tiny_target(target_folder, num_layers=num_layers)
     target = load_target(TargetConfig(path=str(target_folder), dtype="float32"), num_threads=1)
-    layers = feature_layers("eagle3" if num_layers > 2 else "final", num_layers)
     manifest = Manifest(
         target=target.fingerprint,
         feature_layers=layers,
@@ -94,3 +87,9 @@ def write_tiny_features(
         shards[split] = tuple(stems)
     replace(manifest, shards=shards).write(features)
     return target_folder, features
+
+
+def _features(target: Target, ids_T: torch.Tensor, layers: tuple[int, ...]) -> torch.Tensor:
+    with torch.inference_mode():
+        found = target.layer_features(ids_T[None], None, layers)
+    return torch.stack([features_BTH[0] for features_BTH in found], dim=1)

@@ -25,7 +25,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 @pytest.fixture(scope="module")
 def eagle3_folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("eagle3")
-    return write_tiny_features(folder, examples=20, held_out=4, num_layers=7)
+    return write_tiny_features(folder, examples=20, held_out=4, num_layers=7, layers=(2, 3, 4, 7))
 
 
 def _config(**train: Any) -> Config:
