@@ -150,9 +150,10 @@ def test_every_config_file_loads(path: Path) -> None:
 
 
 def test_there_are_config_files() -> None:
-    assert {"smoke", "quickstart", "quickstart_eagle3", "llama31_8b_eagle3"} <= {
-        path.stem for path in CONFIGS
-    }
+    here = {path.stem for path in CONFIGS}
+    assert {"smoke", "quickstart", "quickstart_eagle3", "serve_smollm2"} <= here
+    targets = {"llama31_8b_eagle3", "qwen3_8b_eagle3", "vicuna_7b_eagle1", "mixtral_8x7b_eagle1"}
+    assert targets <= here
 
 
 def test_frozen() -> None:

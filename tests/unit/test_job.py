@@ -268,7 +268,7 @@ def test_a_job_without_output_says_so(name: str, capsys: pytest.CaptureFixture[s
         (["train.num_workers=3"], "not a multiple of"),
         (
             ["draft.kind=eagle3"],
-            "these features are final; extract them with features.layers=eagle3",
+            "extract them with features.layers=eagle3",
         ),
     ],
 )
