@@ -309,7 +309,7 @@ def test_features_that_a_head_cannot_read_are_refused(kind, layers, named, fits)
     if fits:
         check_layers(draft, layers, final_named=named)
         return
-    with pytest.raises(ConfigError, match="reads 3 states .* extract them with"):
+    with pytest.raises(ConfigError, match=r"reads 3 states .* extract them with"):
         check_layers(draft, layers, final_named=named)
 
 
