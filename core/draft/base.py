@@ -8,15 +8,20 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PretrainedConfig
 
 from core.config import DraftConfig
 from core.draft.vocabulary import DraftVocabulary
+
+FEED_FORWARD_NAMES = ("intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner")
+EPSILON_NAMES = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon")
 
 
 @dataclass(frozen=True)
@@ -35,18 +40,26 @@ class TargetGeometry:
 
     @classmethod
     def of(cls, config: PretrainedConfig) -> TargetGeometry:
-        """Read an HF config (transformers 5 keeps rotary settings in `rope_parameters`)."""
+        """Read an HF config; names differ where a model is no Llama.
+
+        A mixture's feed-forward size is one expert's (Mixtral) or what dense layers beside the
+        experts have (Qwen-3): the head's one layer is dense.
+        """
         text: Any = config.get_text_config()
+        # transformers 5 keeps rotary settings there, per kind of layer where kinds differ.
         rope = getattr(text, "rope_parameters", None) or {}
-        heads = text.num_attention_heads
+        rope = rope.get("full_attention", rope)
+        heads, hidden = text.num_attention_heads, text.hidden_size
+        given = (getattr(text, name, None) for name in FEED_FORWARD_NAMES)
+        epsilons = (getattr(text, name, None) for name in EPSILON_NAMES)
         return cls(
             vocab_size=text.vocab_size,
-            hidden_size=text.hidden_size,
-            intermediate_size=text.intermediate_size,
+            hidden_size=hidden,
+            intermediate_size=next((size for size in given if size), 4 * hidden),
             num_attention_heads=heads,
             num_key_value_heads=getattr(text, "num_key_value_heads", None) or heads,
-            head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
-            rms_norm_eps=getattr(text, "rms_norm_eps", 1e-6),
+            head_dim=getattr(text, "head_dim", None) or hidden // heads,
+            rms_norm_eps=next((epsilon for epsilon in epsilons if epsilon), 1e-6),
             rope_theta=rope.get("rope_theta", getattr(text, "rope_theta", None) or 10000.0),
             max_position_embeddings=text.max_position_embeddings,
         )
@@ -58,7 +71,7 @@ class DraftBatch:
 
     Attributes:
         input_ids_BT: int64 [B, T].
-        features_BTLH: [B, T, L, H] target features of the same tokens.
+        features_BTLH: [B, T, L, H] target features of the same tokens, the final feature last.
         loss_mask_BT: bool [B, T], true where the assistant speaks, false on padding.
         lengths_B: int64 [B], tokens of each sequence, padding not counted.
         noise_BTLH: added to the features the head reads, never to the ones it must predict;
@@ -108,7 +121,19 @@ class DraftCache:
 
 
 class DraftHead(nn.Module, ABC):
-    """A draft head. The target's embedding and output head are attached, never saved."""
+    """A draft head. The target's embedding and output head are attached, never saved.
+
+    Attributes:
+        own_embedding_VH: [V, H], an embedding that came with the head and is attached in place of
+            the target's; None for the target's. Heads that train_draft makes have none.
+        aux_layers: of a head that reads more than the final feature: the layers whose entering
+            states it reads, ascending; None for the algorithm's usual ones.
+        recomputes: whether training computes activations again in the backward pass.
+    """
+
+    own_embedding_VH: Tensor | None = None
+    aux_layers: tuple[int, ...] | None = None
+    recomputes = False
 
     def __init__(
         self, config: DraftConfig, geometry: TargetGeometry, vocabulary: DraftVocabulary
@@ -122,9 +147,47 @@ class DraftHead(nn.Module, ABC):
     def attach_target(self, embedding_VH: Tensor, output_head_VH: Tensor) -> None:
         """Give the head the target's frozen embedding and output head, [V, H] each."""
 
+    def feature_layers(self, num_layers: int) -> tuple[int, ...]:
+        """What `extend` wants of a target of so many layers, as in a feature manifest.
+
+        Raises:
+            ConfigError: the target does not have these layers.
+        """
+        return (num_layers,)
+
     @abstractmethod
     def losses(self, batch: DraftBatch) -> LossSums:
         """Training loss and metrics, summed over supervised tokens."""
+
+    def recomputed(self, function: Callable[..., Any], *inputs: Any) -> Any:
+        """`function(*inputs)`; where the head `recomputes`, its activations are not kept."""
+        if self.recomputes and self.training and torch.is_grad_enabled():
+            return checkpoint(function, *inputs, use_reentrant=False)
+        return function(*inputs)
+
+    @abstractmethod
+    def chain_hits(self, batch: DraftBatch, depth: int) -> tuple[Tensor, Tensor]:
+        """How long a chain of drafts, grown along the text, stays what the target would choose.
+
+        At each position the head drafts `depth` tokens: it reads the true feature and token
+        there, then its own predicted states and the text's true tokens. A chain of d tokens is a
+        hit where each of the d is the target's argmax over its whole vocabulary at its place.
+        Positions are those whose next `depth` places are all supervised: behind the end of an
+        answer nothing is drafted.
+
+        1 + sum of hits / positions estimates the accepted length of drafting one chain of
+        `depth` tokens at temperature 0. It is that length, for rounds that begin at every
+        position, where the text is the target's own greedy one. On another text the tokens fed
+        are not the ones drafted and the estimate is of drafting along that text; and rounds of
+        real decoding begin where the round before ended, more often at hard places. A tree
+        accepts more.
+
+        Args:
+            batch: noise is left aside.
+            depth: D, tokens a chain.
+        Returns:
+            hits_D int64 [D], and positions, an int64 scalar.
+        """
 
     @abstractmethod
     def new_cache(self, max_tokens: int) -> DraftCache:
@@ -134,6 +197,7 @@ class DraftHead(nn.Module, ABC):
     def extend(self, cache: DraftCache, features_TLH: Tensor, next_ids_T: Tensor) -> DraftOutput:
         """Read T further committed positions with their true features; keeps them cached.
 
+        Features are laid out as in a training batch, the final feature last.
         Drops what an earlier tree left in the cache.
         Returns hidden state and logits of the last position alone (one row).
         """
@@ -153,6 +217,21 @@ class DraftHead(nn.Module, ABC):
         Raises:
             InputError: a tensor is missing, unknown or of the wrong shape.
         """
+
+    @classmethod
+    def settings_of(
+        cls, tensors: Mapping[str, Tensor], config: Mapping[str, Any]
+    ) -> dict[str, Any] | None:
+        """The config fields of a head of others' making with these weights.
+
+        Args:
+            tensors: by their names in the public EAGLE layout, without an embedding.
+            config: the flat `config.json` that came with them.
+        Returns:
+            What differs from the config class's defaults; None where these are the weights of
+            another algorithm. An algorithm that only Aerie has need not look.
+        """
+        return None
 
     def prepare_for_inference(self, *, packed: bool) -> None:
         """Make decoding fast: freeze, and pack linear layers where that is asked for."""
@@ -188,9 +267,16 @@ def build_head(
     config: DraftConfig, geometry: TargetGeometry, vocabulary: DraftVocabulary, seed: int = 0
 ) -> DraftHead:
     """A new head with random weights that depend on `seed` alone."""
-    module, _, name = config.implementation.partition(":")
-    cls = getattr(importlib.import_module(module), name)
+    cls = implementation(type(config))
+    if config.intermediate_size:
+        geometry = replace(geometry, intermediate_size=config.intermediate_size)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        head: DraftHead = cls(config, geometry, vocabulary)
-    return head
+        return cls(config, geometry, vocabulary)
+
+
+def implementation(config: type[DraftConfig]) -> type[DraftHead]:
+    """The head's class that a config class names."""
+    module, _, name = config.implementation.partition(":")
+    cls: type[DraftHead] = getattr(importlib.import_module(module), name)
+    return cls

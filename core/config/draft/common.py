@@ -13,6 +13,9 @@ class DraftConfig(Section):
     implementation: ClassVar[str] = ""
     """`module:Class` of the draft head, imported only where torch is wanted."""
 
+    num_aux_layers: ClassVar[int] = 0
+    """States of the target that the head reads besides the final feature."""
+
     kind: str
     path: str | None = setting(None, "folder of a trained draft head")
     vocab_size: int = field(
@@ -20,4 +23,7 @@ class DraftConfig(Section):
         "tokens that the head may propose: the most frequent of the training data; "
         "0 means the target's whole vocabulary",
         ge=0,
+    )
+    intermediate_size: int = field(
+        0, "width of the head's dense feed-forward; 0 takes the target's (one expert's)", ge=0
     )
