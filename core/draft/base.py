@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -108,7 +109,17 @@ class DraftCache:
 
 
 class DraftHead(nn.Module, ABC):
-    """A draft head. The target's embedding and output head are attached, never saved."""
+    """A draft head. The target's embedding and output head are attached, never saved.
+
+    Attributes:
+        own_embedding_VH: [V, H], an embedding that came with the head and is attached in place of
+            the target's; None for the target's. Heads that train_draft makes have none.
+        aux_layers: of a head that reads more than the final feature: the layers whose entering
+            states it reads, ascending; None for the algorithm's usual ones.
+    """
+
+    own_embedding_VH: Tensor | None = None
+    aux_layers: tuple[int, ...] | None = None
 
     def __init__(
         self, config: DraftConfig, geometry: TargetGeometry, vocabulary: DraftVocabulary
@@ -154,6 +165,21 @@ class DraftHead(nn.Module, ABC):
             InputError: a tensor is missing, unknown or of the wrong shape.
         """
 
+    @classmethod
+    def settings_of(
+        cls, tensors: Mapping[str, Tensor], config: Mapping[str, Any]
+    ) -> dict[str, Any] | None:
+        """The config fields of a head of others' making with these weights.
+
+        Args:
+            tensors: by their names in the public EAGLE layout, without an embedding.
+            config: the flat `config.json` that came with them.
+        Returns:
+            What differs from the config class's defaults; None where these are the weights of
+            another algorithm. An algorithm that only Aerie has need not look.
+        """
+        return None
+
     def prepare_for_inference(self, *, packed: bool) -> None:
         """Make decoding fast: freeze, and pack linear layers where that is asked for."""
 
@@ -188,9 +214,14 @@ def build_head(
     config: DraftConfig, geometry: TargetGeometry, vocabulary: DraftVocabulary, seed: int = 0
 ) -> DraftHead:
     """A new head with random weights that depend on `seed` alone."""
-    module, _, name = config.implementation.partition(":")
-    cls = getattr(importlib.import_module(module), name)
+    cls = implementation(type(config))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        head: DraftHead = cls(config, geometry, vocabulary)
-    return head
+        return cls(config, geometry, vocabulary)
+
+
+def implementation(config: type[DraftConfig]) -> type[DraftHead]:
+    """The head's class that a config class names."""
+    module, _, name = config.implementation.partition(":")
+    cls: type[DraftHead] = getattr(importlib.import_module(module), name)
+    return cls

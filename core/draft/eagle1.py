@@ -10,6 +10,9 @@ Source: EAGLE (Li et al. 2024), section 4; reference `eagle/model/cnets1.py`, `e
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -200,6 +203,15 @@ class Eagle1Head(DraftHead):
         return DraftOutput(hidden_KH, self.output_layer(hidden_KH))
 
     # Public layout
+
+    @classmethod
+    def settings_of(
+        cls, tensors: Mapping[str, Tensor], config: Mapping[str, Any]
+    ) -> dict[str, Any] | None:
+        """See base class. The file knows about the bias; many configs do not say."""
+        if "layers.0.post_attention_layernorm.weight" not in tensors:
+            return None
+        return {"bias": "fc.bias" in tensors}
 
     def eagle_tensors(self) -> dict[str, Tensor]:
         """See base class: `fc.*` and `layers.0.*`."""
