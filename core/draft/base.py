@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PretrainedConfig
 
 from core.config import DraftConfig
@@ -59,7 +60,7 @@ class DraftBatch:
 
     Attributes:
         input_ids_BT: int64 [B, T].
-        features_BTLH: [B, T, L, H] target features of the same tokens.
+        features_BTLH: [B, T, L, H] target features of the same tokens, the final feature last.
         loss_mask_BT: bool [B, T], true where the assistant speaks, false on padding.
         lengths_B: int64 [B], tokens of each sequence, padding not counted.
         noise_BTLH: added to the features the head reads, never to the ones it must predict;
@@ -112,14 +113,19 @@ class DraftHead(nn.Module, ABC):
     """A draft head. The target's embedding and output head are attached, never saved.
 
     Attributes:
+        num_aux_layers: states of the target that it reads besides the final feature.
         own_embedding_VH: [V, H], an embedding that came with the head and is attached in place of
             the target's; None for the target's. Heads that train_draft makes have none.
         aux_layers: of a head that reads more than the final feature: the layers whose entering
             states it reads, ascending; None for the algorithm's usual ones.
+        recomputes: whether training computes activations again in the backward pass.
     """
+
+    num_aux_layers: ClassVar[int] = 0
 
     own_embedding_VH: Tensor | None = None
     aux_layers: tuple[int, ...] | None = None
+    recomputes = False
 
     def __init__(
         self, config: DraftConfig, geometry: TargetGeometry, vocabulary: DraftVocabulary
@@ -137,6 +143,36 @@ class DraftHead(nn.Module, ABC):
     def losses(self, batch: DraftBatch) -> LossSums:
         """Training loss and metrics, summed over supervised tokens."""
 
+    def recomputed(self, function: Callable[..., Any], *inputs: Any) -> Any:
+        """`function(*inputs)`; where the head `recomputes`, its activations are not kept."""
+        if self.recomputes and self.training and torch.is_grad_enabled():
+            return checkpoint(function, *inputs, use_reentrant=False)
+        return function(*inputs)
+
+    @abstractmethod
+    def chain_hits(self, batch: DraftBatch, depth: int) -> tuple[Tensor, Tensor]:
+        """How long a chain of drafts, grown along the text, stays what the target would choose.
+
+        At each position the head drafts `depth` tokens: it reads the true feature and token
+        there, then its own predicted states and the text's true tokens. A chain of d tokens is a
+        hit where each of the d is the target's argmax over its whole vocabulary at its place.
+        Positions are those whose next `depth` places are all supervised: behind the end of an
+        answer nothing is drafted.
+
+        1 + sum of hits / positions estimates the accepted length of drafting one chain of
+        `depth` tokens at temperature 0. It is that length, for rounds that begin at every
+        position, where the text is the target's own greedy one. On another text the tokens fed
+        are not the ones drafted and the estimate is of drafting along that text; and rounds of
+        real decoding begin where the round before ended, more often at hard places. A tree
+        accepts more.
+
+        Args:
+            batch: noise is left aside.
+            depth: D, tokens a chain.
+        Returns:
+            hits_D int64 [D], and positions, an int64 scalar.
+        """
+
     @abstractmethod
     def new_cache(self, max_tokens: int) -> DraftCache:
         """An empty cache for sequences of up to `max_tokens` (tree included)."""
@@ -145,6 +181,7 @@ class DraftHead(nn.Module, ABC):
     def extend(self, cache: DraftCache, features_TLH: Tensor, next_ids_T: Tensor) -> DraftOutput:
         """Read T further committed positions with their true features; keeps them cached.
 
+        Features are laid out as in a training batch, the final feature last.
         Drops what an earlier tree left in the cache.
         Returns hidden state and logits of the last position alone (one row).
         """

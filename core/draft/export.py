@@ -35,7 +35,7 @@ def export_head(
         ConfigError: no such format, or it cannot hold this head.
         StageError: what was written does not read back as the same head.
     """
-    form = writer(format_name, head.config.kind)
+    form = writer(format_name, head.config)
     if dtype != "same":
         _convert(head, getattr(torch, dtype))
     exported = form.export(head, target)

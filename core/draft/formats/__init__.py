@@ -10,6 +10,7 @@ import importlib
 import pkgutil
 from pathlib import Path
 
+from core.config import DraftConfig
 from core.draft.formats.common import ExportedHead, ExportTarget, HeadFormat, ReadHead
 from core.draft.formats.files import HeadFolder
 from core.errors import ConfigError, InputError
@@ -20,7 +21,7 @@ for _module in pkgutil.iter_modules(__path__):
 FORMATS: dict[str, HeadFormat] = {
     cls.name: cls() for cls in sorted(HeadFormat.__subclasses__(), key=lambda cls: cls.name)
 }
-WRITABLE: tuple[str, ...] = tuple(name for name, form in FORMATS.items() if form.kinds)
+WRITABLE: tuple[str, ...] = tuple(name for name, form in FORMATS.items() if form.holds)
 
 
 def recognize(folder: Path) -> HeadFormat:
@@ -50,21 +51,34 @@ def read_head(folder: Path) -> ReadHead:
     return recognize(folder).read(HeadFolder(folder))
 
 
-def writer(name: str, kind: str) -> HeadFormat:
-    """The format of that name, which must be able to hold a head of that kind.
+def writer(name: str, draft: DraftConfig) -> HeadFormat:
+    """The format of that name, which must be able to hold a head of that algorithm and settings.
 
     Raises:
-        ConfigError: it does not exist, is only read, or holds no such heads.
+        ConfigError: it does not exist, is only read, or cannot.
     """
     if name not in WRITABLE:
         raise ConfigError(f"export.format={name}: the formats are {', '.join(WRITABLE)}")
-    if kind not in FORMATS[name].kinds:
-        able = [other for other in WRITABLE if kind in FORMATS[other].kinds]
-        raise ConfigError(
-            f"export.format={name} cannot hold {kind} heads; "
-            + (f"choose {' or '.join(able)}" if able else "no format can so far")
-        )
-    return FORMATS[name]
+    if not (lacking := _lacking(name, draft)):
+        return FORMATS[name]
+    able = [other for other in WRITABLE if not _lacking(other, draft)]
+    what = f"{draft.kind} heads"
+    if lacking != (draft.kind,):
+        what += f" with {' and '.join(lacking)}"
+    advice = [f"choose {' or '.join(able)}"] if able else []
+    if lacking != (draft.kind,):
+        advice.append("train with " + " ".join(f"draft.{field}=false" for field in lacking))
+    raise ConfigError(
+        f"export.format={name} cannot hold {what}; {', or '.join(advice) or 'no format can'}"
+    )
+
+
+def _lacking(name: str, draft: DraftConfig) -> tuple[str, ...]:
+    """What of a head a format has no place for: its algorithm, or settings of it."""
+    holds = FORMATS[name].holds
+    if draft.kind not in holds:
+        return (draft.kind,)
+    return tuple(field for field in holds[draft.kind] if getattr(draft, field))
 
 
 __all__ = [

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from core.draft.base import DraftHead, TargetGeometry
 from core.draft.formats.files import HeadFolder
-from core.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -72,8 +71,9 @@ class HeadFormat(ABC):
     """One way in which draft heads lie in a folder."""
 
     name: ClassVar[str]
-    kinds: ClassVar[tuple[str, ...]] = ()
-    """Draft algorithms that `export` can write; none where the format is not for export."""
+    holds: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    """Draft algorithms that `export` can write, each with those fields of its config that the
+    engine has nothing for, so that they must be off; empty where the format is only read."""
 
     @abstractmethod
     def recognizes(self, folder: HeadFolder) -> bool:
@@ -91,6 +91,6 @@ class HeadFormat(ABC):
         """The head in this format, weights in their dtype.
 
         Raises:
-            ConfigError: the format, or the engine that it is for, cannot hold this very head.
+            ConfigError: the engine cannot do what this very head wants.
         """
-        raise ConfigError(f"export.format={self.name}: heads of that format are only read")
+        raise NotImplementedError(f"{self.name} is only read: {head.config.kind} for {target.path}")

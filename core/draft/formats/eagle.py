@@ -7,6 +7,7 @@ Source: EAGLE `eagle/model/{ea_model,cnets1,cnets,configs}.py`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 from core.draft.base import DraftHead
@@ -28,7 +29,10 @@ class EagleFormat(HeadFormat):
     """What the papers' code reads, and every checkpoint that its authors published."""
 
     name: ClassVar[str] = "eagle"
-    kinds: ClassVar[tuple[str, ...]] = ("eagle1", "eagle3")
+    holds: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "eagle1": (),
+        "eagle3": ("qkv_bias", "norm_before_residual"),
+    }
 
     def recognizes(self, folder: HeadFolder) -> bool:
         """See base class: a config of one layer that names no engine's class."""
@@ -61,11 +65,6 @@ class EagleFormat(HeadFormat):
                 f"{geometry.hidden_size} / {geometry.num_attention_heads} values, this head's have "
                 f"{geometry.head_dim}; choose another format"
             )
-        if getattr(settings, "norm_before_residual", False):
-            raise ConfigError(
-                f"export.format={self.name}: EAGLE's code has no norm_before_residual; choose "
-                "vllm or speculators"
-            )
         if layers_of(head, target) is not None:
             raise ConfigError(
                 f"export.format={self.name}: EAGLE's code always reads the states entering layers "
@@ -89,7 +88,7 @@ class EagleFormat(HeadFormat):
             config=config,
             tensors=tensors,
             pickled=True,
-            token_map_W=token_map(head, tensors),
+            token_map_W=token_map(head),
             differences=tuple(differences),
             run_with=f"EaModel.from_pretrained(use_eagle3={settings.kind == 'eagle3'}, "
             f'base_model_path="{target.path}", ea_model_path="<head>")',

@@ -238,15 +238,14 @@ def own_tensors(head: DraftHead) -> dict[str, Tensor]:
     return tensors
 
 
-def without_whole_vocabulary(head: DraftHead, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Leave the vocabulary's tables out where they say nothing: vLLM has no place for them then."""
-    if not head.vocabulary.is_whole:
-        return tensors
-    return {name: tensor for name, tensor in tensors.items() if name not in ("d2t", "t2d")}
+def without_whole_vocabulary(head: DraftHead) -> dict[str, Tensor]:
+    """Without the vocabulary's tables where they say nothing: vLLM has no place for them then."""
+    tables = ("d2t", "t2d") if head.vocabulary.is_whole else ()
+    return {name: tensor for name, tensor in own_tensors(head).items() if name not in tables}
 
 
-def token_map(head: DraftHead, tensors: Mapping[str, Tensor]) -> Tensor | None:
-    """The draft vocabulary's target ids [W] where the weights do not hold them."""
-    if head.vocabulary.is_whole or "d2t" in tensors:
+def token_map(head: DraftHead) -> Tensor | None:
+    """The target ids [W] of a draft vocabulary that the weights do not hold."""
+    if head.vocabulary.is_whole or "d2t" in head.eagle_tensors():
         return None
     return head.vocabulary.d2t_W

@@ -9,6 +9,7 @@ Source: SGLang 0.5.23 `srt/models/{llama_eagle,llama_eagle3,qwen2_eagle,llama}.p
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -25,7 +26,6 @@ from core.draft.formats.public import (
     own_tensors,
     token_map,
 )
-from core.errors import ConfigError
 
 LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
 
@@ -34,7 +34,10 @@ class SglangFormat(HeadFormat):
     """What SGLang serves and SpecForge trains."""
 
     name: ClassVar[str] = "sglang"
-    kinds: ClassVar[tuple[str, ...]] = ("eagle1", "eagle3")
+    holds: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "eagle1": (),
+        "eagle3": ("qkv_bias", "norm_before_residual"),
+    }
 
     def recognizes(self, folder: HeadFolder) -> bool:
         """See base class: classes `…ForCausalLMEagle` and `…ForCausalLMEagle3`."""
@@ -50,20 +53,15 @@ class SglangFormat(HeadFormat):
         check_supported(folder, config)
         ids = (config.get("eagle_config") or {}).get(LAYER_IDS)
         layers = tuple(index + 1 for index in ids) if ids else None
-        head = build(folder, config, folder.tensors, geometry_of(folder, config), layers)
+        tensors = dict(folder.tensors)
+        if "fc.bias" in tensors and not tensors["fc.bias"].any():
+            # Always there, and zeros where the head was trained without.
+            del tensors["fc.bias"]
+        head = build(folder, config, tensors, geometry_of(folder, config), layers)
         return ReadHead(head, {}, self.name)
 
     def export(self, head: DraftHead, target: ExportTarget) -> ExportedHead:
-        """See base class.
-
-        Raises:
-            ConfigError: SGLang has no setting for what the head does.
-        """
-        if getattr(head.config, "norm_before_residual", False):
-            raise ConfigError(
-                f"export.format={self.name}: SGLang has no norm_before_residual; choose vllm or "
-                "speculators"
-            )
+        """See base class."""
         if head.config.kind == "eagle1":
             return self._export_eagle1(head, target)
         config = llama_config(head, target, "LlamaForCausalLMEagle3")
@@ -99,7 +97,7 @@ class SglangFormat(HeadFormat):
         if "fc.bias" not in tensors:
             # SGLang's fc has one in any case, and would leave it as its memory happened to be.
             tensors["fc.bias"] = torch.zeros_like(tensors["fc.weight"][:, 0])
-        ids_W = token_map(head, tensors)
+        ids_W = token_map(head)
         command, differences = _command("EAGLE", target), []
         if ids_W is not None:
             command += f" --speculative-token-map <head>/{TOKEN_MAP}"

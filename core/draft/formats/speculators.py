@@ -7,6 +7,7 @@ vLLM 0.32 `transformers_utils/configs/speculators/{base,algos}.py`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from core.draft.base import DraftHead
@@ -19,7 +20,6 @@ from core.draft.formats.public import (
     geometry_of,
     layers_of,
     llama_config,
-    own_tensors,
     without_whole_vocabulary,
 )
 from core.draft.formats.vllm import CHAIN, LAYER_IDS, command
@@ -36,7 +36,7 @@ class SpeculatorsFormat(HeadFormat):
     """What the speculators library trains and vLLM serves by the folder's name alone."""
 
     name: ClassVar[str] = "speculators"
-    kinds: ClassVar[tuple[str, ...]] = ("eagle3",)
+    holds: ClassVar[Mapping[str, tuple[str, ...]]] = {"eagle3": ("qkv_bias",)}
 
     def recognizes(self, folder: HeadFolder) -> bool:
         """See base class."""
@@ -101,7 +101,7 @@ class SpeculatorsFormat(HeadFormat):
         }
         return ExportedHead(
             config=config,
-            tensors=engine_names(without_whole_vocabulary(head, own_tensors(head))),
+            tensors=engine_names(without_whole_vocabulary(head)),
             differences=(CHAIN,),
             run_with=command("eagle3", target),
         )

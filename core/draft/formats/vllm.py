@@ -9,6 +9,7 @@ Source: vLLM 0.32 `model_executor/models/{llama_eagle,llama_eagle3}.py`,
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from core.draft.base import DraftHead
@@ -24,7 +25,6 @@ from core.draft.formats.public import (
     token_map,
     without_whole_vocabulary,
 )
-from core.errors import ConfigError
 
 LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
 CHAIN = (
@@ -37,7 +37,10 @@ class VllmFormat(HeadFormat):
     """What vLLM serves with `method` eagle or eagle3."""
 
     name: ClassVar[str] = "vllm"
-    kinds: ClassVar[tuple[str, ...]] = ("eagle1", "eagle3")
+    holds: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "eagle1": ("bias",),
+        "eagle3": ("qkv_bias",),
+    }
 
     def recognizes(self, folder: HeadFolder) -> bool:
         """See base class: classes `Eagle…ForCausalLM` and `Eagle3…ForCausalLM`."""
@@ -60,14 +63,9 @@ class VllmFormat(HeadFormat):
         return ReadHead(head, {}, self.name)
 
     def export(self, head: DraftHead, target: ExportTarget) -> ExportedHead:
-        """See base class.
-
-        Raises:
-            ConfigError: an EAGLE-1 head with a bias.
-        """
-        tensors = own_tensors(head)
+        """See base class."""
         if head.config.kind == "eagle1":
-            return self._export_eagle1(head, target, tensors)
+            return self._export_eagle1(head, target)
         config: dict[str, Any] = {
             **llama_config(head, target, "Eagle3LlamaForCausalLM"),
             "draft_vocab_size": head.vocabulary.size,
@@ -77,20 +75,12 @@ class VllmFormat(HeadFormat):
             config[LAYER_IDS] = list(layers)
         return ExportedHead(
             config=config,
-            tensors=without_whole_vocabulary(head, tensors),
+            tensors=without_whole_vocabulary(head),
             differences=(CHAIN,),
             run_with=command("eagle3", target),
         )
 
-    def _export_eagle1(
-        self, head: DraftHead, target: ExportTarget, tensors: dict[str, Any]
-    ) -> ExportedHead:
-        if "fc.bias" in tensors:
-            if tensors.pop("fc.bias").count_nonzero():
-                raise ConfigError(
-                    f"export.format={self.name}: the head has a bias in fc, which vLLM does not "
-                    "load; export it for sglang or eagle, or train with draft.bias=false"
-                )
+    def _export_eagle1(self, head: DraftHead, target: ExportTarget) -> ExportedHead:
         config = llama_config(head, target, "EagleLlamaForCausalLM")
         if getattr(head.config, "qkv_bias", False):
             config["qkv_bias"] = True
@@ -103,8 +93,8 @@ class VllmFormat(HeadFormat):
             )
         return ExportedHead(
             config=config,
-            tensors=tensors,
-            token_map_W=token_map(head, tensors),
+            tensors=own_tensors(head),
+            token_map_W=token_map(head),
             differences=tuple(differences),
             run_with=command("eagle", target),
         )
