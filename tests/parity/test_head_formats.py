@@ -9,8 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from core.config import Config
+from core.decode.load import prepare_head
 from core.draft.base import DraftHead
 from core.draft.folder import load_head
+from core.models.target import Target
 from tests import checkpoints
 from tests.checkpoints import CONFIG, HIDDEN, VOCAB
 
@@ -70,3 +73,88 @@ def test_eagle1_logits(
     features_TLH, ids_T = _inputs(1)
     direct = checkpoints.eagle1_logits(weights, *target, features_TLH[:, -1], ids_T)
     _close(_logits(head, target, features_TLH, ids_T), direct)
+
+
+@pytest.mark.parametrize("engine", ["eagle", "sglang"])
+def test_eagle1_logits_with_qwens_biases(
+    tmp_path: Path, target: tuple[Tensor, Tensor], engine: str
+) -> None:
+    weights = checkpoints.eagle1(qkv_bias=True)
+    config = {**CONFIG, "qkv_bias": True}
+    if engine == "sglang":
+        config |= {"architectures": ["Qwen2ForCausalLMEagle"], "model_type": "qwen2"}
+    head = load_head(checkpoints.write(tmp_path / "head", config, weights))
+    features_TLH, ids_T = _inputs(1)
+    direct = checkpoints.eagle1_logits(weights, *target, features_TLH[:, -1], ids_T)
+    _close(_logits(head, target, features_TLH, ids_T), direct)
+
+
+EAGLE3: dict[str, tuple[dict[str, Any], str, bool]] = {
+    "official": ({**CONFIG, "draft_vocab_size": 40}, "midlayer", True),
+    "specforge": (
+        {**CONFIG, "draft_vocab_size": 40, "architectures": ["LlamaForCausalLMEagle3"]},
+        "midlayer",
+        False,
+    ),
+    "vllm": (
+        {**CONFIG, "draft_vocab_size": 40, "architectures": ["Eagle3LlamaForCausalLM"]},
+        "layers.0",
+        False,
+    ),
+    "speculators": (checkpoints.speculators_config(), "layers.0", False),
+}
+
+
+@pytest.mark.parametrize("engine", EAGLE3)
+def test_eagle3_logits(tmp_path: Path, target: tuple[Tensor, Tensor], engine: str) -> None:
+    config, layer, pickled = EAGLE3[engine]
+    weights = checkpoints.eagle3(layer=layer)
+    head = load_head(checkpoints.write(tmp_path / "head", config, weights, pickled=pickled))
+    features_TLH, ids_T = _inputs(4)
+    states_TLH = features_TLH[:, :3]
+    direct = checkpoints.eagle3_logits(weights, target[0], states_TLH, ids_T, layer=layer)
+    _close(_logits(head, target, features_TLH, ids_T), direct)
+    marked = weights["t2d"].nonzero()[:, 0]
+    assert torch.equal(head.vocabulary.d2t_W, marked), "draft ids are in the order of the rows"
+
+
+@pytest.mark.parametrize("engine", ["vllm", "speculators"])
+def test_eagle3_logits_where_the_residual_is_normed(
+    tmp_path: Path, target: tuple[Tensor, Tensor], engine: str
+) -> None:
+    config, layer, _ = EAGLE3[engine]
+    config = {**config, "norm_before_residual": True}
+    weights = checkpoints.eagle3(layer=layer)
+    head = load_head(checkpoints.write(tmp_path / "head", config, weights))
+    features_TLH, ids_T = _inputs(4)
+    states_TLH = features_TLH[:, :3]
+    ours = _logits(head, target, features_TLH, ids_T)
+    for normed in (True, False):
+        direct = checkpoints.eagle3_logits(
+            weights, target[0], states_TLH, ids_T, layer=layer, norm_before_residual=normed
+        )
+        if normed:
+            _close(ours, direct)
+        else:
+            assert (ours - direct).abs().max() > 0.1, "the two are different heads"
+
+
+def test_an_embedding_of_the_heads_own_is_used(
+    tmp_path: Path, tiny_target_folder: Path, tiny_target: Target
+) -> None:
+    """As speculators trains them where it is told to."""
+    weights = checkpoints.eagle3(layer="layers.0")
+    own_VH = torch.randn(VOCAB, HIDDEN, generator=torch.Generator().manual_seed(9))
+    held = {**weights, "embed_tokens.weight": own_VH}
+    config = checkpoints.speculators_config()
+    folder = checkpoints.write(tmp_path / "head", config, held)
+    head = load_head(folder, target_config=tiny_target.model.config)
+    config = Config().replace(target={"path": str(tiny_target_folder), "pack_linear": False})
+    prepare_head(head, config, tiny_target)
+    features_TLH, ids_T = _inputs(4)
+    direct = checkpoints.eagle3_logits(
+        weights, own_VH, features_TLH[:, :3], ids_T, layer="layers.0"
+    )
+    with torch.inference_mode():
+        logits_1W = head.extend(head.new_cache(TOKENS), features_TLH, ids_T).logits_KW
+    _close(logits_1W, direct[-1:])

@@ -18,10 +18,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from core.config.draft.eagle1 import Eagle1Config
+from core.config.draft.eagle3 import Eagle3Config
 from core.draft.base import DraftHead, TargetGeometry, build_head
 from core.draft.export import export_head
 from core.draft.folder import load_head, save_head
-from core.draft.formats import ExportTarget
+from core.draft.formats import WRITABLE, ExportTarget
 from core.draft.vocabulary import DraftVocabulary
 from core.errors import ConfigError, MismatchError
 from core.models.target import Target
@@ -34,6 +35,9 @@ LAYER = {
     "post_attention_layernorm.weight",
 }
 EAGLE1 = {"fc.weight", *(f"layers.0.{name}" for name in LAYER)}
+MIDLAYER = {*LAYER, "hidden_norm.weight", "input_layernorm.weight"}
+AROUND = {"fc.weight", "norm.weight", "lm_head.weight"}
+EAGLE3 = {*AROUND, *(f"midlayer.{name}" for name in MIDLAYER)}
 BFLOAT16 = "bfloat16"
 
 
@@ -49,11 +53,24 @@ def _eagle1(target: ExportTarget, *, bias: bool = False, draft_size: int = 0) ->
     return build_head(config, target.geometry, vocabulary, seed=7)
 
 
+def _eagle3(target: ExportTarget, *, draft_size: int = 64, **settings: Any) -> DraftHead:
+    vocabulary = DraftVocabulary.from_counts(torch.arange(VOCAB) * 7919 % VOCAB, draft_size)
+    config = Eagle3Config(vocab_size=draft_size, **settings)
+    head = build_head(config, target.geometry, vocabulary, seed=8)
+    # Norms that differ, so that none can stand for another.
+    draw = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in head.named_parameters():
+            if "norm" in name:
+                parameter.copy_(torch.rand(parameter.shape, generator=draw) + 0.5)
+    return head
+
+
 def _logits(head: DraftHead) -> Tensor:
     draw = torch.Generator().manual_seed(1)
     embedding_VH = torch.randn(VOCAB, HIDDEN, generator=draw)
     head.attach_target(embedding_VH, torch.randn(VOCAB, HIDDEN, generator=draw))
-    features_TLH = torch.randn(5, 4, HIDDEN, generator=draw)
+    features_TLH = torch.randn(5, 4, HIDDEN, generator=draw).to(next(head.parameters()).dtype)
     with torch.inference_mode():
         return head.extend(head.new_cache(8), features_TLH, torch.arange(5) + 40).logits_KW
 
@@ -185,6 +202,142 @@ def test_a_dtype_that_cannot_hold_the_weights_is_refused(
         head.get_parameter("fc.weight")[0, 0] = 1e6
     with pytest.raises(ConfigError, match=r"export\.dtype=float16: fc\.weight has values beyond"):
         export_head(tmp_path / "head", head, export_target, "sglang", "float16")
+
+
+@pytest.mark.parametrize("dtype", ["same", BFLOAT16])
+@pytest.mark.parametrize("draft_size", [0, 64])
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("eagle", {}),
+        ("sglang", {}),
+        ("vllm", {}),
+        ("speculators", {"rope_theta": None}),
+        ("vllm", {"norm_before_residual": True}),
+        ("speculators", {"norm_before_residual": True}),
+    ],
+)
+def test_an_eagle3_head_comes_back_bit_for_bit(
+    tmp_path: Path,
+    export_target: ExportTarget,
+    name: str,
+    settings: dict[str, Any],
+    draft_size: int,
+    dtype: str,
+) -> None:
+    head = _eagle3(export_target, draft_size=draft_size, **settings)
+    export_head(tmp_path / "head", head, export_target, name, dtype)
+    back = load_head(tmp_path / "head")
+    assert torch.equal(back.vocabulary.d2t_W, head.vocabulary.d2t_W)
+    assert torch.equal(_logits(back), _logits(head))
+    assert back.geometry.rope_theta == head.geometry.rope_theta
+    assert {p.dtype for p in back.parameters()} == {p.dtype for p in head.parameters()}
+
+
+def test_eagle3_as_the_engines_read_it(tmp_path: Path, export_target: ExportTarget) -> None:
+    tables = {"d2t", "t2d"}
+    names = {
+        "eagle": EAGLE3 | tables,
+        "sglang": EAGLE3 | tables,
+        "vllm": EAGLE3 | tables,
+        "speculators": {*AROUND, *tables, *(f"layers.0.{name}" for name in MIDLAYER)},
+    }
+    for draft_size in (0, 64):
+        head = _eagle3(export_target, draft_size=draft_size)
+        for name, wanted in names.items():
+            folder = tmp_path / f"{name}{draft_size}"
+            report = export_head(folder, head, export_target, name, "same")
+            config, tensors = _read(folder)
+            # vLLM has nothing to load a whole vocabulary's tables into, and fails at them.
+            left_out = tables if name in ("vllm", "speculators") and not draft_size else set()
+            assert set(tensors) == wanted - left_out, name
+            # A null would have SGLang take the target's output head for the draft's own.
+            assert config["draft_vocab_size"] == (draft_size or VOCAB)
+            assert "layer_ids" not in json.dumps(config), "all take the usual ones by themselves"
+            if draft_size:
+                offsets_W = head.vocabulary.d2t_W - torch.arange(64)
+                assert (
+                    torch.equal(tensors["d2t"], offsets_W) and tensors["d2t"].dtype == torch.int64
+                )
+                assert tensors["t2d"].dtype == torch.bool and int(tensors["t2d"].sum()) == 64
+            assert not report["files"].keys() & {"token_map.pt"}
+
+
+def test_eagle3_configs(tmp_path: Path, export_target: ExportTarget) -> None:
+    head = _eagle3(export_target)
+    configs = {}
+    for name in WRITABLE:
+        report = export_head(tmp_path / name, head, export_target, name, "same")
+        configs[name] = _read(tmp_path / name)[0]
+        assert ("eagle3" in report["run_with"].lower()) and str(tmp_path) in report["run_with"]
+    assert configs["eagle"]["architectures"] == ["LlamaForCausalLM"]
+    assert configs["sglang"]["architectures"] == ["LlamaForCausalLMEagle3"]
+    assert configs["vllm"]["architectures"] == ["Eagle3LlamaForCausalLM"]
+    # vLLM takes false by itself here, and true in speculators' config.
+    assert configs["vllm"]["norm_before_residual"] is False
+    nested = configs["speculators"]
+    assert nested["norm_before_residual"] is False
+    assert nested["speculators_model_type"] == "eagle3"
+    about = nested["speculators_config"]
+    assert about["verifier"]["name_or_path"] == "some/target"
+    assert about["proposal_methods"][0]["speculative_tokens"] > 0
+    layer = nested["transformer_layer_config"]
+    for config in (layer, *(configs[name] for name in ("eagle", "sglang", "vllm"))):
+        assert config["rope_theta"] == 10000.0 and config["vocab_size"] == VOCAB
+        assert config["max_position_embeddings"] == 2048 and config["num_hidden_layers"] == 1
+
+
+def test_layer_ids_are_each_engines_own(tmp_path: Path, export_target: ExportTarget) -> None:
+    """For SGLang one lower: it counts the layer that a state leaves."""
+    head = _eagle3(export_target)
+    head.aux_layers = (2, 15, 27)
+    export_head(tmp_path / "usual", head, export_target, "eagle", "same")
+    assert load_head(tmp_path / "usual").aux_layers is None
+    head.aux_layers = (4, 15, 27)
+    for name in ("sglang", "vllm", "speculators"):
+        export_head(tmp_path / name, head, export_target, name, "same")
+        assert load_head(tmp_path / name).aux_layers == (4, 15, 27), name
+    key = "eagle_aux_hidden_state_layer_ids"
+    assert _read(tmp_path / "sglang")[0]["eagle_config"][key] == [3, 14, 26]
+    assert _read(tmp_path / "vllm")[0][key] == [4, 15, 27]
+    assert _read(tmp_path / "speculators")[0][key] == [4, 15, 27]
+    with pytest.raises(ConfigError, match="always reads the states entering layers 2, L/2 and"):
+        export_head(tmp_path / "eagle", head, export_target, "eagle", "same")
+
+
+@pytest.mark.parametrize(
+    ("setting", "able", "refused"),
+    [
+        ("norm_before_residual", "speculators or vllm", ("eagle", "sglang")),
+        ("qkv_bias", None, ("eagle", "sglang", "speculators", "vllm")),
+    ],
+)
+def test_settings_that_an_engine_lacks_are_refused(
+    tmp_path: Path, export_target: ExportTarget, setting: str, able: str | None, refused: tuple
+) -> None:
+    head = _eagle3(export_target, **{setting: True})
+    advice = f"choose {able}, or train" if able else "train"
+    for name in refused:
+        said = f"{name} cannot hold eagle3 heads with {setting}; {advice} with draft.{setting}=fal"
+        with pytest.raises(ConfigError, match=said):
+            export_head(tmp_path / "head", head, export_target, name, "same")
+
+
+def test_an_embedding_of_the_heads_own_goes_with_it(
+    tmp_path: Path, export_target: ExportTarget
+) -> None:
+    head = _eagle3(export_target)
+    head.own_embedding_VH = torch.randn(VOCAB, HIDDEN)
+    for name in WRITABLE:
+        report = export_head(tmp_path / name, head, export_target, name, "same")
+        assert torch.equal(_read(tmp_path / name)[1]["embed_tokens.weight"], head.own_embedding_VH)
+        back = load_head(tmp_path / name).own_embedding_VH
+        assert back is not None and torch.equal(back, head.own_embedding_VH)
+        warned = any("target's embedding in place" in line for line in report["differences"])
+        assert warned == (name == "sglang")
+    save_head(tmp_path / "own", load_head(tmp_path / "vllm"), {})
+    back = load_head(tmp_path / "own").own_embedding_VH
+    assert back is not None and torch.equal(back, head.own_embedding_VH)
 
 
 # The job

@@ -234,3 +234,64 @@ def test_speculators_heads_of_other_types_are_refused(tmp_path: Path) -> None:
     del config["norm_before_residual"]
     with pytest.raises(InputError, match="does not say norm_before_residual"):
         load_head(checkpoints.write(tmp_path / "unsaid", config, {}))
+
+
+def _eagle3(folder: Path, config: dict[str, Any], **changes: torch.Tensor) -> Path:
+    weights = {**checkpoints.eagle3(), **changes}
+    return checkpoints.write(folder, {**CONFIG, "draft_vocab_size": 40, **config}, weights)
+
+
+def test_vocabularies_that_contradict_themselves_are_refused(tmp_path: Path) -> None:
+    weights = checkpoints.eagle3()
+    ids_W = weights["d2t"] + torch.arange(40)
+    moved = weights["t2d"].roll(1)
+    wrong: list[tuple[dict[str, torch.Tensor], str]] = [
+        ({"d2t": ids_W}, r"d2t holds target ids; the formats want offsets"),
+        ({"t2d": moved}, r"d2t names 40 target tokens, t2d marks 40, and they are not the same"),
+        ({"d2t": weights["d2t"][:39]}, r"d2t names 39 target tokens, t2d marks 40"),
+    ]
+    for number, (change, said) in enumerate(wrong):
+        with pytest.raises(InputError, match=said):
+            load_head(_eagle3(tmp_path / str(number), {}, **change))
+    weights["d2t"][-1] = VOCAB
+    del weights["t2d"]
+    config = {**CONFIG, "draft_vocab_size": 40}
+    with pytest.raises(InputError, match="of its 40 draft tokens 1 are outside the vocabulary"):
+        load_head(checkpoints.write(tmp_path / "outside", config, weights))
+
+
+def test_without_tables_an_eagle3_head_has_the_whole_vocabulary(tmp_path: Path) -> None:
+    weights = checkpoints.eagle3(draft_size=VOCAB)
+    del weights["d2t"], weights["t2d"]
+    head = load_head(checkpoints.write(tmp_path / "whole", CONFIG, weights))
+    assert head.vocabulary.is_whole and head.config.vocab_size == 0
+    weights = checkpoints.eagle3()
+    del weights["d2t"], weights["t2d"]
+    with pytest.raises(InputError, match=r"lm_head\.weight \[40, 32\] instead of \[259, 32\]"):
+        load_head(checkpoints.write(tmp_path / "part", CONFIG, weights))
+
+
+def test_layer_ids_are_read_as_their_engine_means_them(tmp_path: Path, tiny_target: Target) -> None:
+    key = "eagle_aux_hidden_state_layer_ids"
+    sglang = {"architectures": ["LlamaForCausalLMEagle3"], "eagle_config": {key: [0, 1, 3]}}
+    vllm = {"architectures": ["Eagle3LlamaForCausalLM"], key: [1, 2, 4]}
+    nvidia = {"architectures": ["Eagle3LlamaForCausalLM"], "eagle_config": {key: [1, 2, 4]}}
+    for name, config in (("sglang", sglang), ("vllm", vllm), ("nvidia", nvidia)):
+        folder = _eagle3(tmp_path / name, config)
+        assert load_head(folder).aux_layers == (1, 2, 4)
+    folder = checkpoints.write(
+        tmp_path / "speculators",
+        checkpoints.speculators_config(**{key: [1, 2, 4]}),
+        checkpoints.eagle3(layer="layers.0"),
+    )
+    assert load_head(folder).aux_layers == (1, 2, 4)
+    with pytest.raises(MismatchError, match=r"entering layers 1, 2, 4, target\.path has 2 layers"):
+        load_head(folder, target_config=tiny_target.model.config)
+
+
+def test_a_head_on_another_number_of_states_is_refused(tmp_path: Path) -> None:
+    """One for four of the target's states, as the newer trainers can make."""
+    with pytest.raises(InputError, match=r"fc\.weight \[32, 128\] instead of \[32, 96\]"):
+        load_head(_eagle3(tmp_path / "head", {}, **{"fc.weight": torch.zeros(32, 128)}))
+    with pytest.raises(InputError, match=r"target_hidden_size=64"):
+        load_head(_eagle3(tmp_path / "other", {"target_hidden_size": 64}))
