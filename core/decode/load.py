@@ -52,6 +52,7 @@ def load_decoder(config: Config, num_threads: int | None = None) -> LoadedDecode
 def untrained_head(config: Config, target: Target, like: DraftHead) -> DraftHead:
     """A head of random weights with the algorithm and vocabulary of a trained one."""
     head = build_head(like.config, like.geometry, like.vocabulary)
+    head.aux_layers = like.aux_layers
     prepare_head(head, config, target)
     return head
 

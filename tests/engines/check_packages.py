@@ -1,6 +1,6 @@
 """Load exported heads with the loading code of the packages that they are for.
 
-    pip download --no-deps sglang==0.5.23 specforge==0.2.0 speculators   # unzip each
+    pip download --no-deps sglang==0.5.23 specforge==0.2.0 speculators==0.9.0   # unzip each
     git clone https://github.com/SafeAILab/EAGLE
     python -m tests.engines.check_packages --sglang <folder with sglang/> \\
         --specforge <folder with specforge/> --speculators <folder with speculators/> \\
@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import LlamaConfig
 
 from core.config import DRAFT_CONFIGS
 from core.draft.base import DraftHead, TargetGeometry, build_head
@@ -197,12 +198,11 @@ def check_specforge(package: Path) -> Iterator[str]:
     folder = exported(head, "sglang")
     state = to_sglang._serving_state(folder.tensors, to_sglang.WEIGHT_MAPS[_class(folder)])
     assert set(state) == set(folder.tensors)
-    model, info = draft.LlamaForCausalLMEagle3.from_pretrained(
-        folder.path, output_loading_info=True, dtype=torch.float32
-    )
-    missing, unknown = set(info["missing_keys"]), set(info["unexpected_keys"])
-    assert missing == {"embed_tokens.weight"}, f"missing: {missing}"
-    assert not unknown, f"unknown: {unknown}"
+    # Not by `from_pretrained`: transformers 5 leaves its tables of rotary positions unmade.
+    model = draft.LlamaForCausalLMEagle3(LlamaConfig.from_pretrained(folder.path))
+    info = model.load_state_dict(state, strict=False)
+    assert info.missing_keys == ["embed_tokens.weight"], info.missing_keys
+    assert not info.unexpected_keys, info.unexpected_keys
     embedding_VH, _, features_TLH, ids_T = inputs(4)
     with torch.inference_mode():
         states = features_TLH[None, :, :3].flatten(2)
