@@ -7,7 +7,8 @@
         --eagle <folder with eagle/>
 
 For each, heads of random weights are exported. SpecForge, speculators and EAGLE run as they are,
-on CPU, and their logits must be Aerie's. SGLang does not import without a GPU: of it the functions
+on CPU, and their logits must be Aerie's (speculators wants its repository's `hs_connectors/src`
+on PYTHONPATH too). SGLang does not import without a GPU: of it the functions
 that load weights are taken out of its files as they stand, and run over stand-ins for its
 parameters. Every tensor must land in exactly one parameter, and every parameter be filled, except
 the embedding and output head that an engine takes from the target.

@@ -146,8 +146,7 @@ def test_an_embedding_of_the_heads_own_is_used(
     weights = checkpoints.eagle3(layer="layers.0")
     own_VH = torch.randn(VOCAB, HIDDEN, generator=torch.Generator().manual_seed(9))
     held = {**weights, "embed_tokens.weight": own_VH}
-    config = checkpoints.speculators_config()
-    folder = checkpoints.write(tmp_path / "head", config, held)
+    folder = checkpoints.write(tmp_path / "head", checkpoints.speculators_config(), held)
     head = load_head(folder, target_config=tiny_target.model.config)
     config = Config().replace(target={"path": str(tiny_target_folder), "pack_linear": False})
     prepare_head(head, config, tiny_target)
