@@ -15,6 +15,7 @@ import ray
 from ray import serve as ray_serve
 from ray.serve.config import HTTPOptions
 from ray.serve.schema import LoggingConfig
+from transformers import AutoConfig
 
 from core.config import Config, describe, load_config
 from core.draft.folder import load_head
@@ -102,7 +103,11 @@ def check(config: Config) -> Config:
     if not head:
         say(NAME, "draft.path is not set: the target alone, without speculation")
         return config.replace(target={"path": location})
-    load_head(head, target_fingerprint=target_fingerprint(target))
+    load_head(
+        head,
+        target_fingerprint=target_fingerprint(target),
+        target_config=AutoConfig.from_pretrained(target),
+    )
     return config.replace(target={"path": location}, draft={"path": str(head.absolute())})
 
 

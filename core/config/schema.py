@@ -16,6 +16,7 @@ from core.config.sections import (
     DataConfig,
     DecodeConfig,
     EvalConfig,
+    ExportConfig,
     FeaturesConfig,
     GenerateConfig,
     ServeConfig,
@@ -39,6 +40,7 @@ class Config(Section):
     train: TrainConfig = TrainConfig()
     decode: DecodeConfig = DecodeConfig()
     eval: EvalConfig = EvalConfig()
+    export: ExportConfig = ExportConfig()
     benchmark: BenchmarkConfig = BenchmarkConfig()
     serve: ServeConfig = ServeConfig()
     tracking: TrackingConfig = TrackingConfig()

@@ -307,6 +307,17 @@ class BenchmarkConfig(Section):
     max_tokens: int = field(40000, "tokens that a way goes through in a repeat", ge=256)
 
 
+class ExportConfig(Section):
+    """What export_draft writes."""
+
+    format: str | None = field(
+        None, "layout of the head that is written, by the engine's name; `--help` begins with them"
+    )
+    dtype: Literal["same"] | DType = field(
+        "same", "dtype of the weights; same keeps the head's, bit for bit"
+    )
+
+
 class ServeConfig(Section):
     """The HTTP service."""
 

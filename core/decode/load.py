@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from core.config import Config
 from core.decode.calibration import Calibration, calibrate
 from core.decode.engine import SpeculativeDecoder
@@ -35,7 +37,9 @@ def load_decoder(config: Config, num_threads: int | None = None) -> LoadedDecode
     head = None
     if config.draft.path is not None:
         folder = resolve_path(config.draft.path, field="draft.path")
-        head = load_head(folder, target_fingerprint=target.fingerprint)
+        head = load_head(
+            folder, target_fingerprint=target.fingerprint, target_config=target.model.config
+        )
         prepare_head(head, config, target)
     decoder = SpeculativeDecoder(target, head, config.decode)
     calibration = None
@@ -57,5 +61,10 @@ def prepare_head(head: DraftHead, config: Config, target: Target) -> None:
     """Bring a head to the target's device and dtype, and attach the target's tensors."""
     folder = target_folder(config.target.path)
     head.to(device=target.device, dtype=target.dtype)
-    head.attach_target(load_embedding(folder), load_output_head(folder))
+    embedding_VH, own_VH = load_embedding(folder), head.own_embedding_VH
+    # Most checkpoints that hold an embedding hold a copy of the target's.
+    if own_VH is not None and not torch.equal(own_VH.to(embedding_VH.dtype), embedding_VH):
+        embedding_VH = own_VH
+    head.own_embedding_VH = None
+    head.attach_target(embedding_VH, load_output_head(folder))
     head.prepare_for_inference(packed=config.target.pack_linear and target.device.type == "cpu")

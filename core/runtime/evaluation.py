@@ -13,7 +13,7 @@ import torch
 from core.config import Config
 from core.data.prompts import Prompt, read_prompts
 from core.decode.tree import TreePlan
-from core.draft.folder import read_record
+from core.draft.folder import check_folder
 from core.errors import ConfigError, InputError
 from core.evaluate.plots import plot_evaluation
 from core.evaluate.session import EvaluationSession, select_prompts
@@ -40,7 +40,7 @@ def evaluation_inputs(config: Config) -> dict[str, Path]:
         raise ConfigError("draft.path is not set; give a draft head's folder (<output>/head)")
     check_tree_sizes(config)
     head = resolve_path(config.draft.path, field="draft.path")
-    read_record(head)
+    check_folder(head)
     return {
         "target.path": target_folder(config.target.path),
         "draft.path": head,

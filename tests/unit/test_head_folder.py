@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save_file
 from core.config import Config
 from core.config.draft.eagle1 import Eagle1Config
 from core.decode.load import load_decoder
-from core.draft import folder as head_folder
 from core.draft.base import DraftHead, TargetGeometry, build_head
 from core.draft.folder import load_head, save_head
+from core.draft.formats import aerie
 from core.draft.vocabulary import DraftVocabulary
 from core.errors import InputError, MismatchError
 from core.models.target import Target
@@ -87,7 +87,7 @@ def test_the_folder_appears_whole_or_not_at_all(
     def full(head: DraftHead, dtype: str) -> dict:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(head_folder, "_public_config", full)
+    monkeypatch.setattr(aerie, "_public_config", full)
     with pytest.raises(OSError, match="no space"):
         save_head(folder, _head(tiny_target, seed=2), {"number": 2})
     monkeypatch.undo()
@@ -153,7 +153,7 @@ def test_the_references_embedding_is_passed_over(tmp_path: Path, tiny_target: Ta
     load_head(folder)
 
 
-@pytest.mark.parametrize("name", ["aerie.json", "config.json", "model.safetensors"])
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
 def test_a_folder_that_lacks_a_file_is_refused(
     tmp_path: Path, tiny_target: Target, name: str
 ) -> None:
@@ -162,6 +162,22 @@ def test_a_folder_that_lacks_a_file_is_refused(
     (folder / name).unlink()
     with pytest.raises(InputError, match=f"no {name} there"):
         load_head(folder)
+
+
+def test_without_aeries_record_it_is_an_official_head(tmp_path: Path, tiny_target: Target) -> None:
+    folder = tmp_path / "head"
+    save_head(folder, _head(tiny_target, bias=True, draft_size=0), {})
+    before = load_head(folder).state_dict()
+    (folder / "aerie.json").unlink()
+    after = load_head(folder).state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_another_layer_convention_is_refused(tmp_path: Path, tiny_target: Target) -> None:
+    save_head(tmp_path / "head", _head(tiny_target), {"layer_convention": "leaving"})
+    with pytest.raises(InputError, match="layer_convention is leaving; a layer's id must mean"):
+        load_head(tmp_path / "head")
 
 
 @pytest.mark.parametrize("change", [{"format_version": 99}, {"draft": {"kind": "from_the_future"}}])

@@ -30,6 +30,7 @@ CONFIG = {
     "DecodeConfig",
     "DraftConfig",
     "EvalConfig",
+    "ExportConfig",
     "FeaturesConfig",
     "GenerateConfig",
     "Section",

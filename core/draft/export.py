@@ -1,0 +1,100 @@
+"""Writing a draft head as another engine's files, and reading them back to be sure."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from core.draft.base import DraftHead
+from core.draft.formats import ExportedHead, ExportTarget, read_head, writer
+from core.draft.formats.files import CONFIG, PICKLED, SAFETENSORS, TOKEN_MAP
+from core.errors import ConfigError, StageError
+from core.paths import naming_a_full_disk
+
+
+def export_head(
+    folder: Path, head: DraftHead, target: ExportTarget, format_name: str, dtype: str
+) -> dict[str, Any]:
+    """Write a head in the layout of an engine; the folder appears whole or not at all.
+
+    Args:
+        folder: replaced if it exists.
+        head: as it was read; its weights are changed to the dtype.
+        target: that it drafts for.
+        format_name: of a format that can be written.
+        dtype: of the weights; `same` keeps the head's.
+    Returns:
+        What was written, and what the engine does otherwise than Aerie, for the report.
+    Raises:
+        ConfigError: no such format, or it cannot hold this head.
+        StageError: what was written does not read back as the same head.
+    """
+    form = writer(format_name, head.config)
+    if dtype != "same":
+        _convert(head, getattr(torch, dtype))
+    exported = form.export(head, target)
+    aside = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    with naming_a_full_disk(aside):
+        _write(aside, exported)
+    _check_same(head, read_head(aside).head, format_name)
+    shutil.rmtree(folder, ignore_errors=True)
+    aside.rename(folder)
+    return {
+        "format": format_name,
+        "kind": head.config.kind,
+        "head": str(folder),
+        "files": {file.name: file.stat().st_size for file in sorted(folder.iterdir())},
+        "tensors": len(exported.tensors),
+        "dtype": str(next(head.parameters()).dtype).removeprefix("torch."),
+        "draft_vocab_size": head.vocabulary.size,
+        "target_vocab_size": head.vocabulary.target_size,
+        "differences": list(exported.differences),
+        "run_with": exported.run_with.replace("<head>", str(folder)),
+    }
+
+
+def _convert(head: DraftHead, dtype: torch.dtype) -> None:
+    head.to(dtype)
+    for name, tensor in head.named_parameters():
+        if not tensor.isfinite().all():
+            raise ConfigError(
+                f"export.dtype={str(dtype).removeprefix('torch.')}: {name} has values beyond its "
+                "range; choose bfloat16 or float32"
+            )
+
+
+def _write(folder: Path, exported: ExportedHead) -> None:
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in exported.tensors.items()}
+    if exported.pickled:
+        torch.save(tensors, folder / PICKLED)
+    else:
+        # Engines built on transformers want to be told which framework wrote it.
+        save_file(tensors, folder / SAFETENSORS, metadata={"format": "pt"})
+    if exported.token_map_W is not None:
+        torch.save(exported.token_map_W, folder / TOKEN_MAP)
+    (folder / CONFIG).write_text(json.dumps(dict(exported.config), indent=2) + "\n")
+
+
+def _check_same(head: DraftHead, again: DraftHead, format_name: str) -> None:
+    before, after = head.eagle_tensors(), again.eagle_tensors()
+    # A bias of zeros is as good as none.
+    differing = [
+        name
+        for name, tensor in before.items()
+        if not torch.equal(tensor.cpu(), after.get(name, torch.zeros_like(tensor, device="cpu")))
+    ]
+    if not torch.equal(head.vocabulary.d2t_W.cpu(), again.vocabulary.d2t_W):
+        differing.append("draft vocabulary")
+    if differing:
+        raise StageError(
+            f"the head that was written for {format_name} reads back with another "
+            f"{', '.join(differing)}; this is a mistake of Aerie's, please report it"
+        )
