@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PretrainedConfig
 
 from core.config import DraftConfig
@@ -108,7 +110,13 @@ class DraftCache:
 
 
 class DraftHead(nn.Module, ABC):
-    """A draft head. The target's embedding and output head are attached, never saved."""
+    """A draft head. The target's embedding and output head are attached, never saved.
+
+    Attributes:
+        recomputes: whether training computes activations again in the backward pass.
+    """
+
+    recomputes = False
 
     def __init__(
         self, config: DraftConfig, geometry: TargetGeometry, vocabulary: DraftVocabulary
@@ -125,6 +133,12 @@ class DraftHead(nn.Module, ABC):
     @abstractmethod
     def losses(self, batch: DraftBatch) -> LossSums:
         """Training loss and metrics, summed over supervised tokens."""
+
+    def recomputed(self, function: Callable[..., Any], *inputs: Any) -> Any:
+        """`function(*inputs)`; where the head `recomputes`, its activations are not kept."""
+        if self.recomputes and self.training and torch.is_grad_enabled():
+            return checkpoint(function, *inputs, use_reentrant=False)
+        return function(*inputs)
 
     @abstractmethod
     def new_cache(self, max_tokens: int) -> DraftCache:

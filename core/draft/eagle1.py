@@ -25,6 +25,8 @@ from core.draft.base import (
     TargetGeometry,
 )
 from core.draft.layer import Attention, FeedForward, RotaryEmbedding
+from core.draft.packing import Packing
+from core.draft.soft_cross_entropy import soft_cross_entropy
 from core.draft.vocabulary import DraftVocabulary
 from core.errors import InputError
 from core.models.packed import linear, pack_linears
@@ -90,51 +92,60 @@ class Eagle1Head(DraftHead):
         The target's softmax is renormalized over the draft vocabulary. In evaluation mode the
         hits count against the target's argmax over its whole vocabulary; in training mode, to
         save the product with V rows, against the argmax over the draft vocabulary.
+        Tokens are packed, and only supervised positions go on behind the keys and values.
         Source: reference `eagle/train/main.py`, weights 1.0 and 0.1; the loss mask is not
         shifted, and a sequence's last position is never supervised.
         """
-        features_BTH = batch.features_BTLH[:, :, -1]
-        inputs_BTH = features_BTH
-        if batch.noise_BTLH is not None:
-            inputs_BTH = features_BTH + batch.noise_BTLH[:, :, -1]
-        predicted_BTH = self._forward(inputs_BTH[:, :-1], batch.input_ids_BT[:, 1:])
         # Position i+1 must hold a token, not padding; it does where the mask says so, except
         # after a sequence's last supervised token.
         supervised_BT = batch.loss_mask_BT[:, :-1] & _is_token(batch)[:, 1:]
-        predicted_MH = predicted_BTH[supervised_BT]
-        wanted_MH = features_BTH[:, 1:][supervised_BT].to(predicted_MH.dtype)
-        return self._loss_sums(predicted_MH, wanted_MH)
+        # What stands behind a sequence's last supervised position is seen by none.
+        packing = Packing.of(supervised_BT.flip(1).cumsum(1).flip(1) > 0)
+        wanted_M = packing.pack(supervised_BT).nonzero()[:, 0]
+        features_BTH = batch.features_BTLH[:, :, -1]
+        inputs_NH = packing.pack(features_BTH[:, :-1])
+        if batch.noise_BTLH is not None:
+            inputs_NH = inputs_NH + packing.pack(batch.noise_BTLH[:, :-1, -1])
+        next_ids_N = packing.pack(batch.input_ids_BT[:, 1:])
+        predicted_MH = self.recomputed(self._forward, inputs_NH, next_ids_N, packing, wanted_M)
+        wanted_MH = packing.pack(features_BTH[:, 1:]).index_select(0, wanted_M)
+        return self._loss_sums(predicted_MH, wanted_MH.to(predicted_MH.dtype))
 
     def _loss_sums(self, predicted_MH: Tensor, wanted_MH: Tensor) -> LossSums:
         assert self.output_layer is not None and self._output_head_VH is not None
-        logits_MW = self.output_layer(predicted_MH).float()
-        with torch.no_grad():
-            wanted_logits_MW = self.output_layer(wanted_MH).float()
-            target_probs_MW = wanted_logits_MW.softmax(-1)
-            if self.training or self.vocabulary.is_whole:
-                best_M = wanted_logits_MW.argmax(-1)
+        rows_WH = self.output_layer.weight.to(predicted_MH.dtype)
+        whole_VH = self._output_head_VH
+        count_all = not (self.training or self.vocabulary.is_whole)
+
+        def targets(part: slice) -> tuple[Tensor, Tensor]:
+            logits_CW = (wanted_MH[part] @ rows_WH.T).float()
+            if count_all:
+                best_V = (wanted_MH[part] @ whole_VH.to(wanted_MH.dtype).T).argmax(-1)
+                best_C = self.vocabulary.t2d_V.to(best_V.device)[best_V]
             else:
-                best_V = (wanted_MH @ self._output_head_VH.T).argmax(-1)
-                best_M = self.vocabulary.t2d_V.to(best_V.device)[best_V]
-        feature_loss = F.smooth_l1_loss(
-            predicted_MH.float(), wanted_MH.float(), reduction="none"
-        ).mean(-1)
-        token_loss = -(target_probs_MW * logits_MW.log_softmax(-1)).sum(-1)
+                best_C = logits_CW.argmax(-1)
+            return logits_CW.softmax(-1), best_C
+
+        feature_loss = F.smooth_l1_loss(predicted_MH.float(), wanted_MH.float(), reduction="none")
+        feature_loss = feature_loss.mean(-1).sum()
+        token_loss, rank_M = soft_cross_entropy(predicted_MH, rows_WH, targets)
         feature_weight, token_weight = self.loss_weights
         loss = feature_weight * feature_loss + token_weight * token_loss
-        most = min(max(TOP_N), logits_MW.shape[-1])
-        hits_MN = logits_MW.detach().topk(most, dim=-1).indices == best_M[:, None]
         sums = {
-            "feature_loss": feature_loss.detach().sum(),
-            "token_loss": token_loss.detach().sum(),
-            **{f"top{n}": hits_MN[:, :n].sum() for n in TOP_N},
+            "feature_loss": feature_loss.detach(),
+            "token_loss": token_loss.detach(),
+            **{f"top{n}": (rank_M < n).sum() for n in TOP_N},
         }
-        return LossSums(loss.sum(), torch.tensor(len(predicted_MH)), sums)
+        return LossSums(loss, torch.tensor(len(predicted_MH)), sums)
 
-    def _forward(self, features_BTH: Tensor, next_ids_BT: Tensor) -> Tensor:
-        fused_BTH = self._fuse(features_BTH, next_ids_BT)
-        cos, sin = self.rotary(torch.arange(fused_BTH.shape[1], device=fused_BTH.device))
-        return self.layer.after_attention(fused_BTH, self.layer.self_attn(fused_BTH, cos, sin))
+    def _forward(
+        self, features_NH: Tensor, next_ids_N: Tensor, packing: Packing, wanted_M: Tensor
+    ) -> Tensor:
+        """Predicted features [M, H] of packed tokens, at the wanted ones of them."""
+        fused_NH = self._fuse(features_NH, next_ids_N)
+        cos_NE, sin_NE = self.rotary(packing.positions_N)
+        attention_MH = self.layer.self_attn.packed(fused_NH, packing, wanted_M, cos_NE, sin_NE)
+        return self.layer.after_attention(fused_NH.index_select(0, wanted_M), attention_MH)
 
     def _fuse(self, features: Tensor, next_ids: Tensor) -> Tensor:
         assert self.embedding_VH is not None, "attach_target comes first"

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from core.draft.base import DraftCache, TargetGeometry
+from core.draft.packing import Packing
 
 
 class RotaryEmbedding(nn.Module):
@@ -56,10 +57,41 @@ class Attention(nn.Module):
         """Causal attention over whole sequences, for training; [B, T, H] in and out."""
         query, key, value = self._project(x_BTH)
         query, key = rotate(query, cos_TE, sin_TE), rotate(key, cos_TE, sin_TE)
+        return self._output(self._causal(query, key, value))
+
+    def packed(
+        self, x_NH: Tensor, packing: Packing, wanted_M: Tensor, cos_NE: Tensor, sin_NE: Tensor
+    ) -> Tensor:
+        """Causal attention of each token to its own sequence, for training.
+
+        Args:
+            x_NH: [N, input size], packed tokens.
+            packing: of them.
+            wanted_M: int64 [M], which of them attend; the others are attended to alone.
+            cos_NE: of their positions; so is `sin_NE`.
+        Returns:
+            [M, H].
+        """
+        x_MH, cos_ME, sin_ME = (t.index_select(0, wanted_M) for t in (x_NH, cos_NE, sin_NE))
+        asking = Packing(packing.shape, packing.places_N.index_select(0, wanted_M))
+        query = rotate(self._heads(self.q_proj(x_MH)), cos_ME[:, None], sin_ME[:, None])
+        key = rotate(self._heads(self.k_proj(x_NH)), cos_NE[:, None], sin_NE[:, None])
+        value = self._heads(self.v_proj(x_NH))
+        out = self._causal(
+            asking.unpack(query).transpose(1, 2),
+            packing.unpack(key).transpose(1, 2),
+            packing.unpack(value).transpose(1, 2),
+        )
+        result: Tensor = self.o_proj(asking.pack(out.transpose(1, 2)).flatten(1))
+        return result
+
+    def _heads(self, x_NH: Tensor) -> Tensor:
+        return x_NH.unflatten(-1, (x_NH.shape[-1] // self.head_dim, self.head_dim))
+
+    def _causal(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         groups = self.num_heads // self.num_kv_heads
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-        out = F.scaled_dot_product_attention(query, key, value, is_causal=True)
-        return self._output(out)
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True)
 
     def cached(
         self,
