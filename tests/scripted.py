@@ -74,6 +74,9 @@ class ScriptedHead(DraftHead):
     def losses(self, batch: DraftBatch) -> LossSums:
         raise NotImplementedError
 
+    def chain_hits(self, batch: DraftBatch, depth: int) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
+
     def new_cache(self, max_tokens: int) -> DraftCache:
         return DraftCache(torch.zeros(1, 1, max_tokens, 1), torch.zeros(1, 1, max_tokens, 1))
 

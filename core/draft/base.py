@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -60,7 +60,7 @@ class DraftBatch:
 
     Attributes:
         input_ids_BT: int64 [B, T].
-        features_BTLH: [B, T, L, H] target features of the same tokens.
+        features_BTLH: [B, T, L, H] target features of the same tokens, the final feature last.
         loss_mask_BT: bool [B, T], true where the assistant speaks, false on padding.
         lengths_B: int64 [B], tokens of each sequence, padding not counted.
         noise_BTLH: added to the features the head reads, never to the ones it must predict;
@@ -113,9 +113,18 @@ class DraftHead(nn.Module, ABC):
     """A draft head. The target's embedding and output head are attached, never saved.
 
     Attributes:
+        num_aux_layers: states of the target that it reads besides the final feature.
+        own_embedding_VH: [V, H], an embedding that came with the head and is attached in place of
+            the target's; None for the target's. Heads that train_draft makes have none.
+        aux_layers: of a head that reads more than the final feature: the layers whose entering
+            states it reads, ascending; None for the algorithm's usual ones.
         recomputes: whether training computes activations again in the backward pass.
     """
 
+    num_aux_layers: ClassVar[int] = 0
+
+    own_embedding_VH: Tensor | None = None
+    aux_layers: tuple[int, ...] | None = None
     recomputes = False
 
     def __init__(
@@ -141,6 +150,30 @@ class DraftHead(nn.Module, ABC):
         return function(*inputs)
 
     @abstractmethod
+    def chain_hits(self, batch: DraftBatch, depth: int) -> tuple[Tensor, Tensor]:
+        """How long a chain of drafts, grown along the text, stays what the target would choose.
+
+        At each position the head drafts `depth` tokens: it reads the true feature and token
+        there, then its own predicted states and the text's true tokens. A chain of d tokens is a
+        hit where each of the d is the target's argmax over its whole vocabulary at its place.
+        Positions are those whose next `depth` places are all supervised: behind the end of an
+        answer nothing is drafted.
+
+        1 + sum of hits / positions estimates the accepted length of drafting one chain of
+        `depth` tokens at temperature 0. It is that length, for rounds that begin at every
+        position, where the text is the target's own greedy one. On another text the tokens fed
+        are not the ones drafted and the estimate is of drafting along that text; and rounds of
+        real decoding begin where the round before ended, more often at hard places. A tree
+        accepts more.
+
+        Args:
+            batch: noise is left aside.
+            depth: D, tokens a chain.
+        Returns:
+            hits_D int64 [D], and positions, an int64 scalar.
+        """
+
+    @abstractmethod
     def new_cache(self, max_tokens: int) -> DraftCache:
         """An empty cache for sequences of up to `max_tokens` (tree included)."""
 
@@ -148,6 +181,7 @@ class DraftHead(nn.Module, ABC):
     def extend(self, cache: DraftCache, features_TLH: Tensor, next_ids_T: Tensor) -> DraftOutput:
         """Read T further committed positions with their true features; keeps them cached.
 
+        Features are laid out as in a training batch, the final feature last.
         Drops what an earlier tree left in the cache.
         Returns hidden state and logits of the last position alone (one row).
         """
@@ -167,6 +201,21 @@ class DraftHead(nn.Module, ABC):
         Raises:
             InputError: a tensor is missing, unknown or of the wrong shape.
         """
+
+    @classmethod
+    def settings_of(
+        cls, tensors: Mapping[str, Tensor], config: Mapping[str, Any]
+    ) -> dict[str, Any] | None:
+        """The config fields of a head of others' making with these weights.
+
+        Args:
+            tensors: by their names in the public EAGLE layout, without an embedding.
+            config: the flat `config.json` that came with them.
+        Returns:
+            What differs from the config class's defaults; None where these are the weights of
+            another algorithm. An algorithm that only Aerie has need not look.
+        """
+        return None
 
     def prepare_for_inference(self, *, packed: bool) -> None:
         """Make decoding fast: freeze, and pack linear layers where that is asked for."""
@@ -202,9 +251,14 @@ def build_head(
     config: DraftConfig, geometry: TargetGeometry, vocabulary: DraftVocabulary, seed: int = 0
 ) -> DraftHead:
     """A new head with random weights that depend on `seed` alone."""
-    module, _, name = config.implementation.partition(":")
-    cls = getattr(importlib.import_module(module), name)
+    cls = implementation(type(config))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        head: DraftHead = cls(config, geometry, vocabulary)
-    return head
+        return cls(config, geometry, vocabulary)
+
+
+def implementation(config: type[DraftConfig]) -> type[DraftHead]:
+    """The head's class that a config class names."""
+    module, _, name = config.implementation.partition(":")
+    cls: type[DraftHead] = getattr(importlib.import_module(module), name)
+    return cls

@@ -45,7 +45,7 @@ def save_head(folder: Path, head: DraftHead, record: dict[str, Any]) -> None:
         save_file({"d2t": head.vocabulary.d2t_W.contiguous()}, aside / VOCABULARY_FILE)
     config = head.config.model_dump(mode="json", exclude={"path"})
     about = {"format_version": FORMAT_VERSION, "draft": config, **record}
-    dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+    dtype = str(next(head.parameters()).dtype).removeprefix("torch.")
     (aside / "config.json").write_text(json.dumps(_public_config(head, dtype), indent=2))
     (aside / "aerie.json").write_text(json.dumps(about, indent=2))
     shutil.rmtree(folder, ignore_errors=True)
@@ -81,8 +81,9 @@ def load_head(folder: Path, *, target_fingerprint: str | None = None) -> DraftHe
         vocabulary = DraftVocabulary(d2t_W, geometry.vocab_size)
     head = build_head(config, geometry, vocabulary)
     tensors = load_file(folder / "model.safetensors")
-    head.to(next(iter(tensors.values())).dtype)
+    head.to(next(t.dtype for t in tensors.values() if t.is_floating_point()))
     head.load_eagle_tensors(tensors)
+    head.aux_layers = tuple(about.get("feature_layers", ())[:-1]) or None
     return head
 
 

@@ -1,11 +1,14 @@
 """The Llama decoder layer that draft heads are made of.
 
-Shapes: B batch, T tokens, H hidden, A attention heads, G key/value heads, E head dimension,
-C cached positions.
+Shapes: B batch, T tokens, N packed tokens, M of them that ask, H hidden, I what attention reads,
+A attention heads, G key/value heads, R heads that share a key (A = G · R), E head dimension,
+S steps of a chain, C cached positions.
 Source: HF `LlamaDecoderLayer`; `tests/parity/test_layer.py` compares the two.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -39,103 +42,171 @@ def rotate(x: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
     return x * cos_TE.to(x.dtype) + rotated * sin_TE.to(x.dtype)
 
 
-class Attention(nn.Module):
-    """Grouped-query self-attention without biases."""
+@dataclass
+class ChainKeys:
+    """Keys and values of an unrolled pass; see `Attention.unrolled`.
 
-    def __init__(self, geometry: TargetGeometry, input_size: int) -> None:
+    Attributes:
+        asking: the M tokens that chains grow from.
+        keys_BGTE: of the true positions [B, G, T, E]; so is `values_BGTE`.
+        own_keys: of the chains' later steps so far, [M, G, E] each; so is `own_values`.
+    """
+
+    asking: Packing
+    keys_BGTE: Tensor
+    values_BGTE: Tensor
+    own_keys: tuple[Tensor, ...] = field(default=())
+    own_values: tuple[Tensor, ...] = field(default=())
+
+
+class Attention(nn.Module):
+    """Grouped-query self-attention; of biases only queries, keys and values may have some."""
+
+    def __init__(self, geometry: TargetGeometry, input_size: int, *, bias: bool = False) -> None:
         super().__init__()
         self.num_heads = geometry.num_attention_heads
         self.num_kv_heads = geometry.num_key_value_heads
         self.head_dim = geometry.head_dim
         query, key_value = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        self.q_proj = nn.Linear(input_size, query, bias=False)
-        self.k_proj = nn.Linear(input_size, key_value, bias=False)
-        self.v_proj = nn.Linear(input_size, key_value, bias=False)
+        self.q_proj = nn.Linear(input_size, query, bias=bias)
+        self.k_proj = nn.Linear(input_size, key_value, bias=bias)
+        self.v_proj = nn.Linear(input_size, key_value, bias=bias)
         self.o_proj = nn.Linear(query, geometry.hidden_size, bias=False)
 
-    def forward(self, x_BTH: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
-        """Causal attention over whole sequences, for training; [B, T, H] in and out."""
-        query, key, value = self._project(x_BTH)
-        query, key = rotate(query, cos_TE, sin_TE), rotate(key, cos_TE, sin_TE)
-        return self._output(self._causal(query, key, value))
-
     def packed(
-        self, x_NH: Tensor, packing: Packing, wanted_M: Tensor, cos_NE: Tensor, sin_NE: Tensor
-    ) -> Tensor:
+        self, x_NI: Tensor, packing: Packing, wanted_M: Tensor, cos_NE: Tensor, sin_NE: Tensor
+    ) -> tuple[Tensor, ChainKeys]:
         """Causal attention of each token to its own sequence, for training.
 
         Args:
-            x_NH: [N, input size], packed tokens.
+            x_NI: [N, I], packed tokens.
             packing: of them.
             wanted_M: int64 [M], which of them attend; the others are attended to alone.
             cos_NE: of their positions; so is `sin_NE`.
         Returns:
-            [M, H].
+            [M, H], and what chains that grow from the M tokens attend to.
         """
-        x_MH, cos_ME, sin_ME = (t.index_select(0, wanted_M) for t in (x_NH, cos_NE, sin_NE))
+        x_MI, cos_ME, sin_ME = (t.index_select(0, wanted_M) for t in (x_NI, cos_NE, sin_NE))
         asking = Packing(packing.shape, packing.places_N.index_select(0, wanted_M))
-        query = rotate(self._heads(self.q_proj(x_MH)), cos_ME[:, None], sin_ME[:, None])
-        key = rotate(self._heads(self.k_proj(x_NH)), cos_NE[:, None], sin_NE[:, None])
-        value = self._heads(self.v_proj(x_NH))
-        out = self._causal(
-            asking.unpack(query).transpose(1, 2),
-            packing.unpack(key).transpose(1, 2),
-            packing.unpack(value).transpose(1, 2),
-        )
-        result: Tensor = self.o_proj(asking.pack(out.transpose(1, 2)).flatten(1))
-        return result
-
-    def _heads(self, x_NH: Tensor) -> Tensor:
-        return x_NH.unflatten(-1, (x_NH.shape[-1] // self.head_dim, self.head_dim))
-
-    def _causal(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        query = rotate(self._heads(self.q_proj(x_MI)), cos_ME[:, None], sin_ME[:, None])
+        key = rotate(self._heads(self.k_proj(x_NI)), cos_NE[:, None], sin_NE[:, None])
+        key = packing.unpack(key).transpose(1, 2)
+        value = packing.unpack(self._heads(self.v_proj(x_NI))).transpose(1, 2)
         groups = self.num_heads // self.num_kv_heads
-        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-        return F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        out = F.scaled_dot_product_attention(
+            asking.unpack(query).transpose(1, 2),
+            key.repeat_interleave(groups, 1),
+            value.repeat_interleave(groups, 1),
+            is_causal=True,
+        )
+        return self.o_proj(asking.pack(out.transpose(1, 2)).flatten(1)), ChainKeys(
+            asking, key, value
+        )
+
+    def unrolled(
+        self, x_MI: Tensor, chains: ChainKeys, cos_ME: Tensor, sin_ME: Tensor
+    ) -> tuple[Tensor, ChainKeys]:
+        """Attention of a chain's later step, for training.
+
+        It attends to what the chain's first token saw, and to the chain's own later steps, this
+        one included: one softmax over both, without a mask or keys for the pairs of chains that
+        do not see each other.
+
+        Args:
+            x_MI: [M, I], this step's input of each chain.
+            chains: as the step before gave it.
+            cos_ME: of this step's positions; so is `sin_ME`.
+        Returns:
+            [M, H], and `chains` with this step.
+        Source: EAGLE-3 (Li et al. 2025), figure 6; reference `eagle/traineagle3/cnets.py`.
+        """
+        query = rotate(self._heads(self.q_proj(x_MI)), cos_ME[:, None], sin_ME[:, None])
+        key = rotate(self._heads(self.k_proj(x_MI)), cos_ME[:, None], sin_ME[:, None])
+        chains = ChainKeys(
+            chains.asking,
+            chains.keys_BGTE,
+            chains.values_BGTE,
+            (*chains.own_keys, key),
+            (*chains.own_values, self._heads(self.v_proj(x_MI))),
+        )
+        query_MGRE = query.unflatten(1, (self.num_kv_heads, -1)) * self.head_dim**-0.5
+        own_keys_MGES = torch.stack(chains.own_keys, dim=-1)
+        own_values_MGSE = torch.stack(chains.own_values, dim=2)
+        own_MGRS = (query_MGRE @ own_keys_MGES).float()
+        seen_MGRE, seen_sum_MGR, seen_most_MGR = self._seen(query_MGRE, chains)
+        # The largest score only keeps exp from overflowing: it cancels, and needs no gradient.
+        most_MGR = torch.maximum(own_MGRS.detach().amax(-1), seen_most_MGR)
+        seen_scale_MGR1 = (seen_most_MGR - most_MGR).exp()[..., None]
+        own_MGRS = (own_MGRS - most_MGR[..., None]).exp()
+        total_MGR1 = seen_sum_MGR[..., None] * seen_scale_MGR1 + own_MGRS.sum(-1, keepdim=True)
+        out = seen_MGRE * seen_scale_MGR1 + (own_MGRS.to(x_MI.dtype) @ own_values_MGSE).float()
+        out_MA = (out / total_MGR1).to(x_MI.dtype).flatten(1)
+        return self.o_proj(out_MA), chains
+
+    def _seen(self, query_MGRE: Tensor, chains: ChainKeys) -> tuple[Tensor, Tensor, Tensor]:
+        """The part of the softmax over true positions.
+
+        Returns values weighted by exp(score - largest), float32 [M, G, R, E], the sum of these
+        weights, and the largest score, [M, G, R] each.
+        """
+        asking = chains.asking
+        tokens = asking.shape[1]
+        query = asking.unpack(query_MGRE).permute(0, 2, 3, 1, 4)
+        grouped = query.flatten(2, 3)
+        scores = (grouped @ chains.keys_BGTE.transpose(2, 3)).float()
+        scores = scores.unflatten(2, query.shape[2:4])
+        later_TT = torch.ones(tokens, tokens, dtype=torch.bool, device=scores.device).triu(1)
+        scores = scores.masked_fill(later_TT, float("-inf"))
+        most = scores.detach().amax(-1)
+        weights = (scores - most[..., None]).exp()
+        out = weights.to(query.dtype).flatten(2, 3) @ chains.values_BGTE
+        out = out.float().unflatten(2, query.shape[2:4])
+        seen, total, largest = (
+            asking.pack(x.movedim(3, 1)) for x in (out, weights.sum(-1), most)
+        )
+        return seen, total, largest
 
     def cached(
         self,
-        x_1TH: Tensor,
+        x_1TI: Tensor,
         cos_TE: Tensor,
         sin_TE: Tensor,
         cache: DraftCache,
         sees_TC: Tensor | None,
     ) -> Tensor:
-        """Append T positions to the cache and attend to all of it.
+        """Append T positions to the cache; they attend to all of it.
 
         Args:
-            x_1TH: [1, T, input size].
+            x_1TI: [1, T, I].
             cos_TE: of the T positions; so is `sin_TE`.
             cache: grows by T rows.
-            sees_TC: bool [T, C], C counting the new rows; None where every row is visible.
+            sees_TC: bool [T, C], C counting the new rows; None where the last position alone is
+                asked for, which sees every row.
+        Returns:
+            [1, T, H], or [1, 1, H] of the last position.
         """
-        query, key, value = self._project(x_1TH)
-        query, key = rotate(query, cos_TE, sin_TE), rotate(key, cos_TE, sin_TE)
-        start, end = cache.length, cache.length + x_1TH.shape[1]
-        cache.keys[:, :, start:end] = key
-        cache.values[:, :, start:end] = value
+        start, end = cache.length, cache.length + x_1TI.shape[1]
+        key = self._heads(self.k_proj(x_1TI)).transpose(1, 2)
+        cache.keys[:, :, start:end] = rotate(key, cos_TE, sin_TE)
+        cache.values[:, :, start:end] = self._heads(self.v_proj(x_1TI)).transpose(1, 2)
         cache.length = end
+        if sees_TC is None:
+            x_1TI, cos_TE, sin_TE = x_1TI[:, -1:], cos_TE[-1:], sin_TE[-1:]
+        query = rotate(self._heads(self.q_proj(x_1TI)).transpose(1, 2), cos_TE, sin_TE)
         # The heads of a group become rows of one query, so that keys are not copied per head.
-        groups, tokens = self.num_heads // self.num_kv_heads, x_1TH.shape[1]
+        groups, tokens = self.num_heads // self.num_kv_heads, x_1TI.shape[1]
         rows = query.reshape(1, self.num_kv_heads, groups * tokens, self.head_dim)
         mask = None if sees_TC is None else sees_TC.repeat(groups, 1)
         out = F.scaled_dot_product_attention(
             rows, cache.keys[:, :, :end], cache.values[:, :, :end], attn_mask=mask
         )
-        return self._output(out.reshape(1, self.num_heads, tokens, self.head_dim))
-
-    def _project(self, x_BTH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        batch, tokens, _ = x_BTH.shape
-        query, key, value = (
-            layer(x_BTH).view(batch, tokens, -1, self.head_dim).transpose(1, 2)
-            for layer in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        return query, key, value
-
-    def _output(self, out_BATE: Tensor) -> Tensor:
-        batch, _, tokens, _ = out_BATE.shape
-        result: Tensor = self.o_proj(out_BATE.transpose(1, 2).reshape(batch, tokens, -1))
+        out = out.reshape(1, self.num_heads, tokens, self.head_dim)
+        result: Tensor = self.o_proj(out.transpose(1, 2).flatten(2))
         return result
+
+    def _heads(self, x: Tensor) -> Tensor:
+        """[..., heads · E] to [..., heads, E]."""
+        return x.unflatten(-1, (x.shape[-1] // self.head_dim, self.head_dim))
 
 
 class FeedForward(nn.Module):
@@ -151,4 +222,20 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., H] in and out."""
         result: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return result
+
+
+class Layer(nn.Module):
+    """A decoder layer without its input norm: what attention reads is the head's own affair."""
+
+    def __init__(self, geometry: TargetGeometry, input_size: int, *, qkv_bias: bool) -> None:
+        super().__init__()
+        self.self_attn = Attention(geometry, input_size, bias=qkv_bias)
+        self.mlp = FeedForward(geometry)
+        self.post_attention_layernorm = nn.RMSNorm(geometry.hidden_size, geometry.rms_norm_eps)
+
+    def after_attention(self, residual: Tensor, attention: Tensor) -> Tensor:
+        """Residual additions, norm and feed-forward; [..., H] in and out."""
+        x = residual + attention
+        result: Tensor = x + self.mlp(self.post_attention_layernorm(x))
         return result

@@ -15,7 +15,7 @@ from transformers.models.llama.modeling_llama import (
 )
 
 from core.draft.base import DraftCache, TargetGeometry
-from core.draft.eagle1 import Layer
+from core.draft.layer import Layer
 from core.draft.layer import Attention, FeedForward, RotaryEmbedding, rotate
 
 # float32 sums of at most 96 products of size about 1, in another order: about 96 · 2⁻²⁴ = 6e-6.

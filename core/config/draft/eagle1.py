@@ -15,6 +15,7 @@ class Eagle1Config(DraftConfig):
 
     kind: Literal["eagle1"] = "eagle1"
     bias: bool = field(False, "bias in the fusion layer `fc`; vLLM reads heads without only")
+    qkv_bias: bool = field(False, "biases of queries, keys and values, as Qwen-2's layers have")
     feature_weight: float = field(1.0, "weight of the smooth-L1 loss on features", ge=0)
     token_weight: float = field(0.1, "weight of the cross-entropy to the target's softmax", ge=0)
     noise: float = field(

@@ -1,0 +1,173 @@
+"""The EAGLE-3 draft head: three states of the target fused, and trained on its own output.
+
+It reads pairs (g_i, token_{i+1}), where g_i is the fusion of the states that enter three of the
+target's layers, and guesses token_{i+2} with an output layer of its own. Behind the last true
+position, the state that it computed itself takes g's place.
+
+Shapes: P positions of a batch, M of them with chains, H hidden, L feature layers (three and the
+final feature, last), W draft vocabulary, V target vocabulary, C rows of a chunk.
+Source: EAGLE-3 (Li et al. 2025), section 3; reference `eagle/traineagle3/cnets.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from core.config.draft.eagle3 import Eagle3Config
+from core.draft.base import DraftBatch, LossSums, TargetGeometry
+from core.draft.layer import Layer
+from core.draft.recurrent import TOP_N, Chains, RecurrentHead, shifted, supervised_positions
+from core.draft.soft_cross_entropy import Targets, soft_cross_entropy
+from core.draft.vocabulary import DraftVocabulary
+from core.errors import InputError
+from core.models.packed import linear
+
+
+class MidLayer(Layer):
+    """A decoder layer that reads embedding and state side by side, each normed by itself."""
+
+    def __init__(self, geometry: TargetGeometry, *, qkv_bias: bool) -> None:
+        hidden, eps = geometry.hidden_size, geometry.rms_norm_eps
+        super().__init__(geometry, 2 * hidden, qkv_bias=qkv_bias)
+        self.hidden_norm = nn.RMSNorm(hidden, eps)
+        self.input_layernorm = nn.RMSNorm(hidden, eps)
+
+
+class OutputLayer(nn.Linear):
+    """A linear layer whose logits need not be kept in training.
+
+    The loss is computed inside of `forward`: ZeRO-3 has the weight in one piece there alone.
+    """
+
+    def forward(
+        self, input: Tensor, targets: Targets | None = None, weights_M: Tensor | None = None
+    ) -> Any:
+        """Logits [..., W]; with `targets`, what `soft_cross_entropy` gives of states [M, H]."""
+        if targets is None:
+            return super().forward(input)
+        return soft_cross_entropy(input, self.weight, targets, weights_M)
+
+
+class Eagle3Head(RecurrentHead):
+    """EAGLE-3: fusion of three states, one decoder layer, and an output layer of its own."""
+
+    num_aux_layers: ClassVar[int] = 3
+
+    def __init__(
+        self, config: Eagle3Config, geometry: TargetGeometry, vocabulary: DraftVocabulary
+    ) -> None:
+        if config.rope_theta is not None:
+            geometry = replace(geometry, rope_theta=config.rope_theta)
+        super().__init__(config, geometry, vocabulary)
+        hidden, eps = geometry.hidden_size, geometry.rms_norm_eps
+        self.weights = [config.step_decay**step for step in range(config.num_ttt_steps)]
+        self.norm_before_residual = config.norm_before_residual
+        self.fc = nn.Linear(self.num_aux_layers * hidden, hidden, bias=False)
+        self.midlayer = MidLayer(geometry, qkv_bias=config.qkv_bias)
+        self.norm = nn.RMSNorm(hidden, eps)
+        self.lm_head: nn.Module = OutputLayer(hidden, vocabulary.size, bias=False)
+
+    @property
+    def layer(self) -> Layer:
+        """See base class."""
+        return self.midlayer
+
+    def prepare_for_inference(self, *, packed: bool) -> None:
+        """See base class."""
+        super().prepare_for_inference(packed=packed)
+        weight = self.lm_head.weight
+        assert isinstance(weight, Tensor)
+        self.lm_head = linear(weight.detach(), packed=packed)
+
+    def first_state(self, features_LH: Tensor) -> Tensor:
+        """See base class: the fusion; the final feature is left aside."""
+        state: Tensor = self.fc(features_LH[..., :-1, :].flatten(-2))
+        return state
+
+    def layer_input(self, state: Tensor, next_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """See base class: embedding and state, each normed; the residual is the plain state."""
+        normed = self.midlayer.hidden_norm(state)
+        embedded = self.midlayer.input_layernorm(self.embed(next_ids))
+        residual = normed if self.norm_before_residual else state
+        return torch.cat((embedded, normed), dim=-1), residual
+
+    def logits(self, state: Tensor) -> Tensor:
+        """See base class; the norm stands here alone, what is fed back has not been through it."""
+        logits: Tensor = self.lm_head(self.norm(state))
+        return logits
+
+    def losses(self, batch: DraftBatch) -> LossSums:
+        """Cross-entropy to the target's distribution along chains of `num_ttt_steps`.
+
+        Step k of the chain from position i reads the text's token i+1+k and guesses the next; it
+        counts where position i+k is supervised, with weight `step_decay`^k. The target's softmax
+        is renormalized over the draft vocabulary, and places where its argmax is outside of that
+        do not count. The sum is to be divided by the supervised tokens, as EAGLE-1's: the
+        reference divides by all positions, padding included, so that its loss is this one times
+        num_tokens / (B · T).
+
+        Hits are of step 0, against the target's argmax over its whole vocabulary.
+        Source: EAGLE-3, section 3.2; reference `eagle/traineagle3/{cnets,main}.py`.
+        """
+        supervised_BT = supervised_positions(batch)
+        wanted_BT = supervised_BT
+        for step in range(1, len(self.weights)):
+            wanted_BT = wanted_BT | shifted(supervised_BT, step)
+        chains = Chains.of(batch, supervised_BT, wanted_BT)
+        logits_PW, best_P = self.target_choices(chains.final_PH[chains.supervised_P])
+        number_P = chains.supervised_P.cumsum(0) - 1
+        states, numbers, weights = [], [], []
+        for step, state_MH in enumerate(self.grow(batch, chains, len(self.weights))):
+            number_M = number_P[chains.places_M(step)]
+            counts_M = chains.counted_M(step) & (best_P[number_M] >= 0)
+            rows = counts_M.nonzero()[:, 0]
+            states.append(state_MH.index_select(0, rows))
+            numbers.append(number_M[rows])
+            weights.append(torch.full((len(rows),), self.weights[step], device=rows.device))
+        number = torch.cat(numbers)
+
+        def targets(part: slice) -> tuple[Tensor, Tensor]:
+            return logits_PW[number[part]].float().softmax(-1), best_P[number[part]]
+
+        loss, rank = self.lm_head(self.norm(torch.cat(states)), targets, torch.cat(weights))
+        first = rank[: len(states[0])]
+        hits = {f"top{n}": (first < n).sum() for n in TOP_N}
+        return LossSums(loss, torch.tensor(len(best_P)), hits)
+
+    # Public layout
+
+    def eagle_tensors(self) -> dict[str, Tensor]:
+        """See base class; with the vocabulary's tables, `d2t` (offsets) and `t2d` (marks)."""
+        vocabulary = self.vocabulary
+        offsets_W = vocabulary.d2t_W - torch.arange(vocabulary.size)
+        return {**super().eagle_tensors(), "d2t": offsets_W, "t2d": vocabulary.t2d_V >= 0}
+
+    def load_eagle_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """See base class. The vocabulary's tables, where there are some, must say what it is."""
+        own = self.eagle_tensors()
+        for name in ("d2t", "t2d"):
+            given = tensors.get(name)
+            if given is not None and not torch.equal(given.cpu().to(own[name].dtype), own[name]):
+                raise InputError(
+                    f"{name} of the head's weights is not of its draft vocabulary of "
+                    f"{self.vocabulary.size} tokens; take both from the same checkpoint"
+                )
+        super().load_eagle_tensors({n: t for n, t in tensors.items() if n not in ("d2t", "t2d")})
+
+    @classmethod
+    def settings_of(
+        cls, tensors: Mapping[str, Tensor], config: Mapping[str, Any]
+    ) -> dict[str, Any] | None:
+        """See base class. The rotary base is the geometry's, which comes from the same config."""
+        if "midlayer.hidden_norm.weight" not in tensors:
+            return None
+        return {
+            "rope_theta": None,
+            "qkv_bias": "midlayer.self_attn.q_proj.bias" in tensors,
+            "norm_before_residual": bool(config.get("norm_before_residual", False)),
+        }
