@@ -10,7 +10,7 @@ import torch
 from core.config import TargetConfig
 from core.data.feature_manifest import Manifest
 from core.data.feature_shards import FeatureDataset, write_feature_shard
-from core.models.target import load_target
+from core.models.target import Target, load_target
 from core.models.tiny import save_tiny_target
 from core.train.batches import BatchMaker
 from core.train.task import DraftTask
@@ -27,7 +27,7 @@ def batch_maker(task: DraftTask, *, held_out: bool = False) -> BatchMaker:
         selection=selection,
         dtype=getattr(torch, task.config.train.dtype),
         device=torch.device("cpu"),
-        noise=task.config.draft.noise,
+        noise=getattr(task.config.draft, "noise", 0.0),
         seed=task.config.train.seed,
     )
 
@@ -40,17 +40,19 @@ def write_tiny_features(
     longest: int = 40,
     seed: int = 0,
     dtype: str = "float32",
+    layers: tuple[int, ...] = (2,),
 ) -> tuple[Path, Path]:
     """Write `<folder>/target` and `<folder>/features`; returns both.
 
     Sequences are of random tokens and lengths 8..longest, the last half of each supervised.
+    Features are the states entering these layers of the target, which has two; 2 is the final one.
     """
     target_folder = folder / "target"
     save_tiny_target(target_folder)
     target = load_target(TargetConfig(path=str(target_folder), dtype="float32"), num_threads=1)
     manifest = Manifest(
         target=target.fingerprint,
-        feature_layers=(2,),
+        feature_layers=layers,
         final_norm=True,
         dtype=dtype,
         hidden_size=target.hidden_size,
@@ -73,7 +75,7 @@ def write_tiny_features(
             mask = [torch.arange(length) >= length // 2 for length in lengths]
             write_feature_shard(
                 features / split / f"{stems[-1]}.safetensors",
-                features_TLH=torch.cat([target.features(row[None])[0] for row in ids])[:, None],
+                features_TLH=torch.cat([_features(target, row, layers) for row in ids]),
                 input_ids_T=torch.cat(ids),
                 loss_mask_T=torch.cat(mask),
                 offsets=torch.tensor([0, *lengths]).cumsum(0),
@@ -83,3 +85,9 @@ def write_tiny_features(
         shards[split] = tuple(stems)
     replace(manifest, shards=shards).write(features)
     return target_folder, features
+
+
+def _features(target: Target, ids_T: torch.Tensor, layers: tuple[int, ...]) -> torch.Tensor:
+    with torch.inference_mode():
+        found = target.layer_features(ids_T[None], None, layers)
+    return torch.stack([features_BTH[0] for features_BTH in found], dim=1)

@@ -161,9 +161,7 @@ class Attention(nn.Module):
         weights = (scores - most[..., None]).exp()
         out = weights.to(query.dtype).flatten(2, 3) @ chains.values_BGTE
         out = out.float().unflatten(2, query.shape[2:4])
-        seen, total, largest = (
-            asking.pack(x.movedim(3, 1)) for x in (out, weights.sum(-1), most)
-        )
+        seen, total, largest = (asking.pack(x.movedim(3, 1)) for x in (out, weights.sum(-1), most))
         return seen, total, largest
 
     def cached(

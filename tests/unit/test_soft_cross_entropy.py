@@ -26,7 +26,7 @@ def _tensors(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def test_loss_gradients_and_ranks_are_those_of_whole_logits(
     monkeypatch: pytest.MonkeyPatch, chunk_rows: int, weighted: bool
 ) -> None:
-    monkeypatch.setattr(module, "CHUNK_NUMBERS", chunk_rows * VOCABULARY)
+    monkeypatch.setattr(module, "CHUNK_ROWS", chunk_rows)
     hidden_MH, weight_WH, probs_MW, best_M = _tensors(torch.float32)
     weights_M = torch.linspace(0, 2, ROWS) if weighted else None
     total, rank_M = soft_cross_entropy(

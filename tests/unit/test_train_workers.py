@@ -21,11 +21,11 @@ from tests.folder_host import FolderHost
 from tests.tiny_features import batch_maker, write_tiny_features
 from tests.two_workers import TwoWorkers
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("process_group")]
 
 CPU = torch.device("cpu")
 PARALLELISM = ("ddp", "zero0", "zero1", "zero2", "zero3")
-KINDS = ("eagle1",)
+KINDS = ("eagle1", "eagle3")
 
 
 @pytest.fixture(scope="module")
@@ -34,24 +34,12 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoWorkers]:
         yield workers
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A process group of one in this process."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DS_ACCELERATOR", "cpu")
-        for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
-            patch.setenv(name, value)
-        store = tmp_path_factory.mktemp("group") / "store"
-        torch.distributed.init_process_group(
-            "gloo", init_method=f"file://{store}", rank=0, world_size=1
-        )
-        yield
-        torch.distributed.destroy_process_group()
-
-
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    return write_tiny_features(tmp_path_factory.mktemp("tiny"), examples=40, held_out=7)
+    # Three aux layers, though the target has but two, and the final feature.
+    return write_tiny_features(
+        tmp_path_factory.mktemp("tiny"), examples=40, held_out=12, layers=(0, 1, 1, 2)
+    )
 
 
 def _task(folders: tuple[Path, Path], kind: str = "eagle1", **settings: Any) -> DraftTask:
@@ -69,10 +57,12 @@ def _task(folders: tuple[Path, Path], kind: str = "eagle1", **settings: Any) -> 
         "ema": 0.8,
         **settings,
     }
-    config = Config().replace(
-        train=train_settings,
-        draft={"kind": kind, "vocab_size": 40},
-        tracking={"wandb": "disabled"},
+    config = Config.model_validate(
+        {
+            "train": train_settings,
+            "draft": {"kind": kind, "vocab_size": 40},
+            "tracking": {"wandb": "disabled"},
+        }
     )
     return prepare(config, str(folders[0]), folders[1])
 
@@ -173,15 +163,24 @@ def test_two_workers_keep_the_best_head(
 ) -> None:
     """The saved head is that of the evaluation with the largest accepted length."""
     # So large a rate that training makes things worse after a while.
-    task = _task(folders, lr=0.05, epochs=8, ema=0.0, eval_every=5, parallelism="zero3")
+    task = _task(
+        folders,
+        lr=0.1,
+        schedule="constant",
+        epochs=12,
+        ema=0.0,
+        parallelism="zero3",
+        accepted_depth=1,
+    )
     figures, same = pair(run, task, tmp_path, tmp_path / "kept", None)
     assert figures["head_step"] == same["head_step"]
     evaluations = [r for r in read_metrics(tmp_path) if "held_out_accepted_length" in r]
     best = max(evaluations, key=lambda record: (record["held_out_accepted_length"], record["step"]))
     assert len({r["held_out_accepted_length"] for r in evaluations}) > 2
+    assert best["step"] < figures["steps"], "the last is the best, so that nothing is chosen"
     assert figures["head_step"] == best["step"]
     assert read_record(tmp_path / "head")["training"]["head_step"] == best["step"]
-    for name in ("held_out_accepted_length", "held_out_accepted_depth_3", "held_out_loss"):
+    for name in ("held_out_accepted_length", "held_out_accepted_depth_1", "held_out_loss"):
         assert figures[name] == best[name]
     head = load_head(tmp_path / "head")
     head.attach_target(load_embedding(Path(task.target)), load_output_head(Path(task.target)))
