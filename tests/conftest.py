@@ -53,6 +53,21 @@ def tiny_target(tiny_target_folder: Path) -> Target:
 
 
 @pytest.fixture(scope="session")
+def deep_target_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Like the tiny target, with layers enough for every draft algorithm; not to be written to."""
+    folder = tmp_path_factory.mktemp("deep") / "model"
+    save_tiny_target(folder, num_layers=7)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def deep_target(deep_target_folder: Path) -> Target:
+    """The deep tiny target, loaded in float32."""
+    config = TargetConfig(path=str(deep_target_folder), dtype="float32")
+    return load_target(config, num_threads=1)
+
+
+@pytest.fixture(scope="session")
 def sharegpt_path() -> Path:
     """The real ShareGPT file, cut off in mid-string as it is published."""
     return resolve_path(SHAREGPT, field="test")

@@ -8,8 +8,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from core.config import DRAFT_CONFIGS
 from core.config.draft.eagle1 import Eagle1Config
-from core.draft.base import DraftCache, DraftNodes, DraftOutput, TargetGeometry, build_head
+from core.draft.base import (
+    DraftCache,
+    DraftHead,
+    DraftNodes,
+    DraftOutput,
+    TargetGeometry,
+    build_head,
+)
 from core.draft.eagle1 import Eagle1Head
 from core.draft.vocabulary import DraftVocabulary
 from core.models.target import Target
@@ -17,13 +25,18 @@ from core.models.weights import load_embedding, load_output_head
 
 
 def random_head(
-    target: Target, folder: Path, *, vocabulary: DraftVocabulary | None = None, seed: int = 1
-) -> Eagle1Head:
-    """An EAGLE-1 head of random weights, ready to draft for the target of `folder`."""
+    target: Target,
+    folder: Path,
+    *,
+    vocabulary: DraftVocabulary | None = None,
+    seed: int = 1,
+    kind: str = "eagle1",
+) -> DraftHead:
+    """A head of random weights, ready to draft for the target of `folder`."""
     geometry = TargetGeometry.of(target.model.config)
     whole = DraftVocabulary.whole(geometry.vocab_size)
-    head = build_head(Eagle1Config(), geometry, vocabulary or whole, seed)
-    assert isinstance(head, Eagle1Head)
+    config = DRAFT_CONFIGS[kind].model_validate({})
+    head = build_head(config, geometry, vocabulary or whole, seed)
     head.attach_target(load_embedding(folder), load_output_head(folder))
     head.prepare_for_inference(packed=False)
     return head

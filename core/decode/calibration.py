@@ -125,7 +125,7 @@ def _time_rounds(decoder: SpeculativeDecoder, sizes: Sequence[int]) -> RoundCost
     decoder.prefill(ids_T)
     cache = head.new_cache(context + decoder.config.top_k)
     hidden_H = torch.zeros(1, target.hidden_size, device=target.device, dtype=target.dtype)
-    features_TLH = hidden_H.expand(context, -1)[:, None]
+    features_TLH = hidden_H.expand(context, len(decoder.feature_layers), -1)
     ids_T = ids_T.to(target.device)
     head.extend(cache, features_TLH, ids_T)
 

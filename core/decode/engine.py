@@ -56,10 +56,14 @@ class SpeculativeDecoder:
             target: loaded by `load_target`.
             head: with the target attached and prepared for inference; None for plain decoding.
             config: tree, sampling defaults, context length.
+        Raises:
+            ConfigError: the head reads layers that the target does not have.
         """
         target.check_output_head()
         self.target, self.head, self.config = target, head, config
         self.max_context = min(config.max_context, target.max_position)
+        # Decoding plainly computes no features but the final one.
+        self.feature_layers = () if head is None else head.feature_layers(target.num_layers)
         self._cache = SequenceCache(target.model.config, self.max_context)
         self._draft_cache: DraftCache | None = None
         self.plan = PLAIN
@@ -124,31 +128,36 @@ class SpeculativeDecoder:
     ) -> Iterator[Round]:
         """Rounds without end; each pass is untrimmed."""
         ids_T = torch.tensor(prompt_ids)
-        features_TH = self.prefill(ids_T)
-        last_id = sampler.first(self.target.logits(features_TH[-1:])[0])
-        yield Round((last_id,), (False,), 0)
         speculate = plan.total_tokens > 1
+        layers = self.feature_layers if speculate else ()
+        features_TLH = self.prefill(ids_T, layers)
+        last_id = sampler.first(self.target.logits(features_TLH[-1:, -1])[0])
+        yield Round((last_id,), (False,), 0)
         next_ids_T = torch.cat((ids_T[1:], torch.tensor([last_id])))
         # Features of committed tokens that the head has not read, and the tokens after them.
-        unread = (features_TH, next_ids_T)
+        unread = (features_TLH, next_ids_T)
         while True:
             tree = DraftTree.root_only(last_id)
             if speculate:
                 tree = self._draft(unread, last_id, plan)
-            verification, features_PH = self._verify(tree, sampler)
+            verification, features_PLH = self._verify(tree, sampler, layers)
             path, bonus_id = verification.path, verification.bonus_id
             tokens = (*(int(tree.token_ids_N[node]) for node in path[1:]), bonus_id)
-            unread = (features_PH, torch.tensor(tokens))
+            unread = (features_PLH, torch.tensor(tokens))
             last_id = bonus_id
             drafted = (True,) * (len(tokens) - 1) + (False,)
             yield Round(tokens, drafted, tree.size, tuple(tree.ranks[node] for node in path[1:]))
 
-    def prefill(self, ids_T: Tensor) -> Tensor:
-        """Start anew: fill the cache with a prompt [T]; returns its features [T, H]."""
+    def prefill(self, ids_T: Tensor, layers: Sequence[int] = ()) -> Tensor:
+        """Start anew: fill the cache with a prompt [T]; returns its features [T, L, H].
+
+        `layers` as in `Target.cached_features`: empty for the final feature alone.
+        """
         self._cache.rewind(0)
         if self._draft_cache is not None:
             self._draft_cache.committed = self._draft_cache.length = 0
-        return self.target.hidden_states(ids_T, torch.arange(len(ids_T)), self._cache)
+        positions_T = torch.arange(len(ids_T))
+        return self.target.cached_features(ids_T, positions_T, self._cache, layers=layers)
 
     def _reserve_draft_cache(self, plan: TreePlan) -> None:
         """Rows for the longest sequence and, behind it, for all levels that a tree expands.
@@ -170,37 +179,39 @@ class SpeculativeDecoder:
     @torch.inference_mode()
     def _read(self, unread: tuple[Tensor, Tensor]) -> DraftOutput:
         assert self.head is not None and self._draft_cache is not None
-        features_TH, next_ids_T = unread
-        next_ids_T = next_ids_T.to(features_TH.device)
-        return self.head.extend(self._draft_cache, features_TH[:, None], next_ids_T)
+        features_TLH, next_ids_T = unread
+        next_ids_T = next_ids_T.to(features_TLH.device)
+        return self.head.extend(self._draft_cache, features_TLH, next_ids_T)
 
     @torch.inference_mode()
-    def _verify(self, tree: DraftTree, sampler: _Sampler) -> tuple[Verification, Tensor]:
+    def _verify(
+        self, tree: DraftTree, sampler: _Sampler, layers: Sequence[int]
+    ) -> tuple[Verification, Tensor]:
         """One target pass over the tree; commits the accepted path and gives its features."""
         start = self._cache.length
-        features_NH, logits_NV = self._target_pass(tree)
+        features_NLH, logits_NV = self._target_pass(tree, layers)
         verification = sampler.verify(tree, logits_NV)
         self._cache.commit(start, verification.path)
-        return verification, features_NH[list(verification.path)]
+        return verification, features_NLH[list(verification.path)]
 
     def verify_only(self, tree: DraftTree) -> Tensor:
         """The target's logits [N, V] on a tree, leaving the cache as it was."""
         start = self._cache.length
-        _, logits_NV = self._target_pass(tree)
+        _, logits_NV = self._target_pass(tree, self.feature_layers)
         self._cache.rewind(start)
         return logits_NV
 
-    def _target_pass(self, tree: DraftTree) -> tuple[Tensor, Tensor]:
-        """Features [N, H] and logits [N, V] of a tree appended to the cache."""
+    def _target_pass(self, tree: DraftTree, layers: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Features [N, L, H] and logits [N, V] of a tree appended to the cache."""
         start = self._cache.length
         sees_NC = None
         if tree.size > 1:
             before = torch.ones((tree.size, start), dtype=torch.bool)
             sees_NC = torch.cat((before, tree.sees_NN), dim=1)
-        features_NH = self.target.hidden_states(
-            tree.token_ids_N, tree.depths_N + start, self._cache, sees_NC
+        features_NLH = self.target.cached_features(
+            tree.token_ids_N, tree.depths_N + start, self._cache, sees_NC, layers
         )
-        return features_NH, self.target.logits(features_NH)
+        return features_NLH, self.target.logits(features_NLH[:, -1])
 
     def check_fits(self, prompt_ids: Sequence[int], max_new_tokens: int, total_tokens: int) -> None:
         """Raise InputError where prompt, output and a tree do not fit the context together."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from core.config import Config
 from core.decode.calibration import Calibration, calibrate
 from core.decode.engine import SpeculativeDecoder
-from core.draft.base import DraftHead, TargetGeometry, build_head
+from core.draft.base import DraftHead, build_head
 from core.draft.folder import load_head
 from core.models.target import Target, load_target, target_folder
 from core.models.weights import load_embedding, load_output_head
@@ -47,8 +47,8 @@ def load_decoder(config: Config, num_threads: int | None = None) -> LoadedDecode
 
 def untrained_head(config: Config, target: Target, like: DraftHead) -> DraftHead:
     """A head of random weights with the algorithm and vocabulary of a trained one."""
-    geometry = TargetGeometry.of(target.model.config)
-    head = build_head(like.config, geometry, like.vocabulary)
+    head = build_head(like.config, like.geometry, like.vocabulary)
+    head.aux_layers = like.aux_layers
     prepare_head(head, config, target)
     return head
 

@@ -10,7 +10,7 @@ import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -113,15 +113,12 @@ class DraftHead(nn.Module, ABC):
     """A draft head. The target's embedding and output head are attached, never saved.
 
     Attributes:
-        num_aux_layers: states of the target that it reads besides the final feature.
         own_embedding_VH: [V, H], an embedding that came with the head and is attached in place of
             the target's; None for the target's. Heads that train_draft makes have none.
         aux_layers: of a head that reads more than the final feature: the layers whose entering
             states it reads, ascending; None for the algorithm's usual ones.
         recomputes: whether training computes activations again in the backward pass.
     """
-
-    num_aux_layers: ClassVar[int] = 0
 
     own_embedding_VH: Tensor | None = None
     aux_layers: tuple[int, ...] | None = None
@@ -138,6 +135,14 @@ class DraftHead(nn.Module, ABC):
     @abstractmethod
     def attach_target(self, embedding_VH: Tensor, output_head_VH: Tensor) -> None:
         """Give the head the target's frozen embedding and output head, [V, H] each."""
+
+    def feature_layers(self, num_layers: int) -> tuple[int, ...]:
+        """What `extend` wants of a target of so many layers, as in a feature manifest.
+
+        Raises:
+            ConfigError: the target does not have these layers.
+        """
+        return (num_layers,)
 
     @abstractmethod
     def losses(self, batch: DraftBatch) -> LossSums:

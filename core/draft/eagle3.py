@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from core.draft.recurrent import TOP_N, Chains, RecurrentHead, shifted, supervis
 from core.draft.soft_cross_entropy import Targets, soft_cross_entropy
 from core.draft.vocabulary import DraftVocabulary
 from core.errors import InputError
+from core.models.features import feature_layers
 from core.models.packed import linear
 
 
@@ -56,8 +57,6 @@ class OutputLayer(nn.Linear):
 class Eagle3Head(RecurrentHead):
     """EAGLE-3: fusion of three states, one decoder layer, and an output layer of its own."""
 
-    num_aux_layers: ClassVar[int] = 3
-
     def __init__(
         self, config: Eagle3Config, geometry: TargetGeometry, vocabulary: DraftVocabulary
     ) -> None:
@@ -67,7 +66,7 @@ class Eagle3Head(RecurrentHead):
         hidden, eps = geometry.hidden_size, geometry.rms_norm_eps
         self.weights = [config.step_decay**step for step in range(config.num_ttt_steps)]
         self.norm_before_residual = config.norm_before_residual
-        self.fc = nn.Linear(self.num_aux_layers * hidden, hidden, bias=False)
+        self.fc = nn.Linear(config.num_aux_layers * hidden, hidden, bias=False)
         self.midlayer = MidLayer(geometry, qkv_bias=config.qkv_bias)
         self.norm = nn.RMSNorm(hidden, eps)
         self.lm_head: nn.Module = OutputLayer(hidden, vocabulary.size, bias=False)
@@ -76,6 +75,10 @@ class Eagle3Head(RecurrentHead):
     def layer(self) -> Layer:
         """See base class."""
         return self.midlayer
+
+    def feature_layers(self, num_layers: int) -> tuple[int, ...]:
+        """See base class: those it was trained on; the usual ones where nothing is known."""
+        return feature_layers(self.aux_layers or "eagle3", num_layers)
 
     def prepare_for_inference(self, *, packed: bool) -> None:
         """See base class."""

@@ -75,7 +75,7 @@ class Chains:
         )
 
     def places_M(self, step: int) -> Tensor:
-        """int64 [M], where the chains are at a step; any valid place behind their sequence's end."""
+        """int64 [M], where the chains are at a step; some valid place once they are at an end."""
         places_M = self.packing.places_N.index_select(0, self.rows_M)
         return (places_M + step).clamp(max=max(0, len(self.next_ids_P) - 1))
 
@@ -121,7 +121,7 @@ class RecurrentHead(DraftHead):
 
     @abstractmethod
     def layer_input(self, state: Tensor, next_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """What attention reads [..., I] and the residual [..., H] of states and the tokens behind."""
+        """Of states and the tokens behind: what attention reads [..., I], residual [..., H]."""
 
     @abstractmethod
     def logits(self, state: Tensor) -> Tensor:

@@ -101,27 +101,37 @@ class Target:
         return [entering[layer] for layer in layers]
 
     @torch.inference_mode()
-    def hidden_states(
-        self, input_ids_T: Tensor, positions_T: Tensor, cache: Cache, sees_TC: Tensor | None = None
+    def cached_features(
+        self,
+        input_ids_T: Tensor,
+        positions_T: Tensor,
+        cache: Cache,
+        sees_TC: Tensor | None = None,
+        layers: Sequence[int] = (),
     ) -> Tensor:
-        """Hidden states after the final norm [T, H] of T tokens appended to a cache.
+        """Features [T, L, H] of T tokens appended to a cache; the final feature is the last of L.
 
         Args:
             input_ids_T: int64 [T].
             positions_T: int64 [T]; in a draft tree, nodes of one depth share a position.
             cache: grows by T rows.
             sees_TC: bool [T, C], C counting the new rows; None for ordinary causal attention.
+            layers: as in `layer_features`, ending with the final feature; empty for that alone.
         """
         body = cast(Any, self.model.base_model)
-        output = body(
-            input_ids=input_ids_T[None].to(self.device),
-            position_ids=positions_T[None].to(self.device),
-            past_key_values=cache,
-            attention_mask=None if sees_TC is None else sees_TC[None, None].to(self.device),
-            use_cache=True,
-        )
-        hidden_TH: Tensor = output.last_hidden_state[0]
-        return hidden_TH
+        entering: dict[int, Tensor] = {}
+        with _kept(decoder_layers(self.model), layers, entering):
+            output = body(
+                input_ids=input_ids_T[None].to(self.device),
+                position_ids=positions_T[None].to(self.device),
+                past_key_values=cache,
+                attention_mask=None if sees_TC is None else sees_TC[None, None].to(self.device),
+                use_cache=True,
+            )
+        final: Tensor = output.last_hidden_state
+        # Layers may be on several devices.
+        states = [entering[layer].to(final.device) for layer in layers[:-1]]
+        return torch.stack((*states, final), dim=2)[0]
 
     @torch.inference_mode()
     def logits(self, hidden_TH: Tensor) -> Tensor:

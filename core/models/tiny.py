@@ -39,13 +39,16 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return fast
 
 
-def tiny_config(vocab_size: int) -> LlamaConfig:
-    """Two layers of 32: a forward pass takes about a millisecond."""
+def tiny_config(vocab_size: int, num_layers: int = 2) -> LlamaConfig:
+    """Layers of 32: a forward pass of two takes about a millisecond.
+
+    EAGLE-3 reads three different states from seven layers on.
+    """
     return LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=32,
         intermediate_size=64,
-        num_hidden_layers=2,
+        num_hidden_layers=num_layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=8,
@@ -59,11 +62,13 @@ def tiny_config(vocab_size: int) -> LlamaConfig:
     )
 
 
-def save_tiny_target(folder: Path, seed: int = 0, dtype: torch.dtype = torch.float32) -> None:
+def save_tiny_target(
+    folder: Path, seed: int = 0, dtype: torch.dtype = torch.float32, num_layers: int = 2
+) -> None:
     """Write the model and its tokenizer as an HF folder."""
     tokenizer = byte_tokenizer()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = LlamaForCausalLM(tiny_config(len(tokenizer)))
+        model = LlamaForCausalLM(tiny_config(len(tokenizer), num_layers))
     model.to(dtype).save_pretrained(folder)
     tokenizer.save_pretrained(folder)

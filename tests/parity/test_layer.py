@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import LlamaConfig, Qwen2Config
 from transformers.models.llama.modeling_llama import (
     LlamaAttention,
     LlamaMLP,
     LlamaRMSNorm,
     LlamaRotaryEmbedding,
 )
+from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
 
 from core.draft.base import DraftCache, TargetGeometry
-from core.draft.layer import Layer
-from core.draft.layer import Attention, FeedForward, RotaryEmbedding, rotate
+from core.draft.layer import Attention, FeedForward, Layer, RotaryEmbedding, rotate
+from core.draft.packing import Packing
 
 # float32 sums of at most 96 products of size about 1, in another order: about 96 · 2⁻²⁴ = 6e-6.
 TOLERANCE = 1e-5
@@ -39,8 +41,10 @@ GEOMETRY = TargetGeometry.of(CONFIG)
 
 
 @pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(0)
+def _seed() -> Iterator[None]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
 
 
 def _hf_rotary(positions_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -52,6 +56,10 @@ def _attentions() -> tuple[Attention, LlamaAttention]:
     ours, theirs = Attention(GEOMETRY, CONFIG.hidden_size), LlamaAttention(CONFIG, layer_idx=0)
     ours.load_state_dict(theirs.state_dict())
     return ours.eval(), theirs.eval()
+
+
+def _layer() -> Layer:
+    return Layer(GEOMETRY, CONFIG.hidden_size, qkv_bias=False)
 
 
 def test_geometry_reads_the_config() -> None:
@@ -70,14 +78,46 @@ def test_rotary_positions() -> None:
 
 
 @torch.no_grad()
-def test_causal_attention() -> None:
+def test_packed_attention_of_some_positions() -> None:
+    """Causal attention of two sequences; the second is shorter, and not all positions ask."""
     ours, theirs = _attentions()
     x_BTH = torch.randn(BATCH, TOKENS, CONFIG.hidden_size)
-    positions_T = torch.arange(TOKENS)
     causal = torch.full((TOKENS, TOKENS), float("-inf")).triu(1)[None, None]
-    wanted, _ = theirs(x_BTH, position_embeddings=_hf_rotary(positions_T), attention_mask=causal)
-    found = ours(x_BTH, *RotaryEmbedding(8, 5000.0)(positions_T))
-    assert_near(found, wanted)
+    rotary = _hf_rotary(torch.arange(TOKENS))
+    wanted, _ = theirs(x_BTH, position_embeddings=rotary, attention_mask=causal)
+    lengths_B = torch.tensor([TOKENS, 6])
+    packing = Packing.of(torch.arange(TOKENS)[None] < lengths_B[:, None])
+    asking_M = torch.tensor([0, 3, TOKENS - 1, TOKENS, TOKENS + 5])
+    cos_NE, sin_NE = RotaryEmbedding(8, 5000.0)(packing.positions_N)
+    found, _ = ours.packed(packing.pack(x_BTH), packing, asking_M, cos_NE, sin_NE)
+    assert_near(found, packing.pack(wanted)[asking_M])
+
+
+@torch.no_grad()
+def test_unrolled_attention_is_attention_with_an_explicit_mask() -> None:
+    """Three steps of chains from each position, as one pass of HF's attention over all steps."""
+    ours, theirs = _attentions()
+    steps = 3
+    x_STH = torch.randn(steps, TOKENS, CONFIG.hidden_size)
+    # The softmax must not overflow where a chain's own score is far above the others.
+    x_STH[2, 4] *= 40
+    positions = torch.cat([torch.arange(TOKENS) + step for step in range(steps)])
+    place, step = torch.arange(TOKENS).repeat(steps), torch.arange(steps).repeat_interleave(TOKENS)
+    sees = (step[None, :] == 0) & (place[None, :] <= place[:, None])
+    sees |= (place[None, :] == place[:, None]) & (step[None, :] <= step[:, None])
+    mask = torch.zeros(sees.shape).masked_fill(~sees, float("-inf"))[None, None]
+    wanted, _ = theirs(
+        x_STH.flatten(0, 1)[None], position_embeddings=_hf_rotary(positions), attention_mask=mask
+    )
+    packing = Packing.of(torch.ones(1, TOKENS, dtype=torch.bool))
+    asking_M = torch.tensor([1, 4, 10])
+    cos, sin = RotaryEmbedding(8, 5000.0)(torch.arange(TOKENS + steps))
+    found, chains = ours.packed(x_STH[0], packing, asking_M, cos[:TOKENS], sin[:TOKENS])
+    assert_near(found, wanted[0, asking_M])
+    for number in (1, 2):
+        at = asking_M + number
+        found, chains = ours.unrolled(x_STH[number, asking_M], chains, cos[at], sin[at])
+        assert_near(found, wanted[0, number * TOKENS + asking_M])
 
 
 @torch.no_grad()
@@ -101,6 +141,39 @@ def test_cached_attention_with_a_mask_and_repeated_positions() -> None:
 
 
 @torch.no_grad()
+def test_cached_attention_of_the_last_position_alone() -> None:
+    ours, theirs = _attentions()
+    x_1TH = torch.randn(1, 6, CONFIG.hidden_size)
+    causal = torch.full((6, 6), float("-inf")).triu(1)[None, None]
+    wanted, _ = theirs(
+        x_1TH, position_embeddings=_hf_rotary(torch.arange(6)), attention_mask=causal
+    )
+    cache = DraftCache(torch.zeros(1, 2, 9, 8), torch.zeros(1, 2, 9, 8))
+    cos, sin = RotaryEmbedding(8, 5000.0)(torch.arange(6))
+    for a, b in ((0, 3), (3, 6)):
+        found = ours.cached(x_1TH[:, a:b], cos[a:b], sin[a:b], cache, None)
+        assert_near(found, wanted[:, b - 1 : b])
+
+
+@torch.no_grad()
+def test_biases_of_queries_keys_and_values() -> None:
+    """As Qwen-2's attention has them; the output has none."""
+    config = Qwen2Config(**{**CONFIG.to_dict(), "model_type": "qwen2"})
+    config._attn_implementation = "eager"
+    theirs = Qwen2Attention(config, layer_idx=0).eval()
+    ours = Attention(GEOMETRY, CONFIG.hidden_size, bias=True).eval()
+    ours.load_state_dict(theirs.state_dict())
+    x_BTH = torch.randn(1, TOKENS, CONFIG.hidden_size)
+    causal = torch.full((TOKENS, TOKENS), float("-inf")).triu(1)[None, None]
+    positions_T = torch.arange(TOKENS)
+    wanted, _ = theirs(x_BTH, position_embeddings=_hf_rotary(positions_T), attention_mask=causal)
+    packing = Packing.of(torch.ones(1, TOKENS, dtype=torch.bool))
+    cos, sin = RotaryEmbedding(8, 5000.0)(positions_T)
+    found, _ = ours.packed(x_BTH[0], packing, positions_T, cos, sin)
+    assert_near(found, wanted[0])
+
+
+@torch.no_grad()
 def test_feed_forward() -> None:
     ours, theirs = FeedForward(GEOMETRY), LlamaMLP(CONFIG)
     ours.load_state_dict(theirs.state_dict())
@@ -115,7 +188,7 @@ def test_feed_forward() -> None:
 )
 @torch.no_grad()
 def test_norm(dtype: torch.dtype, tolerance: float) -> None:
-    ours = Layer(GEOMETRY).post_attention_layernorm.to(dtype)
+    ours = _layer().post_attention_layernorm.to(dtype)
     theirs = LlamaRMSNorm(CONFIG.hidden_size, CONFIG.rms_norm_eps).to(dtype)
     weight = torch.rand(CONFIG.hidden_size) + 0.5
     ours.weight.copy_(weight)
@@ -127,7 +200,7 @@ def test_norm(dtype: torch.dtype, tolerance: float) -> None:
 
 @torch.no_grad()
 def test_whole_layer_without_input_norm() -> None:
-    layer = Layer(GEOMETRY).eval()
+    layer = _layer().eval()
     attention, norm, mlp = (
         LlamaAttention(CONFIG, layer_idx=0).eval(),
         LlamaRMSNorm(CONFIG.hidden_size, CONFIG.rms_norm_eps),
@@ -142,8 +215,12 @@ def test_whole_layer_without_input_norm() -> None:
     wanted = x_BTH + out
     wanted = wanted + mlp(norm(wanted))
     cos, sin = RotaryEmbedding(8, 5000.0)(positions_T)
-    found = layer.after_attention(x_BTH, layer.self_attn(x_BTH, cos, sin))
-    assert_near(found, wanted)
+    packing = Packing.of(torch.ones(BATCH, TOKENS, dtype=torch.bool))
+    x_NH, all_N = packing.pack(x_BTH), torch.arange(BATCH * TOKENS)
+    attention_NH, _ = layer.self_attn.packed(
+        x_NH, packing, all_N, cos.repeat(BATCH, 1), sin.repeat(BATCH, 1)
+    )
+    assert_near(packing.unpack(layer.after_attention(x_NH, attention_NH)), wanted)
 
 
 def test_rotation_keeps_length_and_tells_distance_alone() -> None:

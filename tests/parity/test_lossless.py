@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from core.config import DecodeConfig, TargetConfig
+from core.config import DRAFT_CONFIGS, DecodeConfig, TargetConfig
 from core.decode.engine import Round, SpeculativeDecoder
 from core.decode.sampling import SamplingSettings, draw, target_probs
-from core.decode.tree import DraftTree, TreePlan
+from core.decode.tree import PLAIN, DraftTree, TreePlan
 from core.decode.verify import Verification, verify_sampling
-from core.draft.eagle1 import Eagle1Head
+from core.draft.base import DraftCache, DraftHead, DraftOutput
 from core.draft.vocabulary import DraftVocabulary
 from core.models.target import Target, load_target
 from core.models.tiny import byte_tokenizer, tiny_config
@@ -47,7 +47,7 @@ def _tokens(rounds: Sequence[Round]) -> tuple[int, ...]:
     return tuple(token for done in rounds for token in done.tokens)
 
 
-def _decoder(target: Target, head: Eagle1Head | None) -> SpeculativeDecoder:
+def _decoder(target: Target, head: DraftHead | None) -> SpeculativeDecoder:
     return SpeculativeDecoder(target, head, DecodeConfig(max_context=256))
 
 
@@ -55,6 +55,12 @@ def _decoder(target: Target, head: Eagle1Head | None) -> SpeculativeDecoder:
 def expected(tiny_target: Target) -> dict[tuple[int, ...], tuple[int, ...]]:
     """HF's own greedy answers."""
     return {tuple(p): _hf_greedy(tiny_target, p, NEW_TOKENS) for p in PROMPTS}
+
+
+@pytest.fixture(scope="module")
+def deep_expected(deep_target: Target) -> dict[tuple[int, ...], tuple[int, ...]]:
+    """HF's own greedy answers of the deep target."""
+    return {tuple(p): _hf_greedy(deep_target, p, NEW_TOKENS) for p in PROMPTS}
 
 
 @pytest.fixture(scope="module")
@@ -100,19 +106,65 @@ def test_greedy_output_is_hf_generate_at_every_tree_size(
 
 
 @pytest.mark.parametrize("vocab_size", [259, 64])
+@pytest.mark.parametrize("kind", DRAFT_CONFIGS)
 def test_greedy_output_is_hf_generate_with_a_random_head(
-    tiny_target: Target, tiny_target_folder: Path, expected, vocab_size: int
+    deep_target: Target, deep_target_folder: Path, deep_expected, kind: str, vocab_size: int
 ) -> None:
     """Every draft is wrong, and with a small draft vocabulary most tokens cannot be drafted."""
-    size = tiny_target.vocab_size
+    size = deep_target.vocab_size
     vocabulary = DraftVocabulary(torch.arange(0, size, -(-size // vocab_size)), size)
-    decoder = _decoder(
-        tiny_target, random_head(tiny_target, tiny_target_folder, vocabulary=vocabulary)
-    )
+    head = random_head(deep_target, deep_target_folder, vocabulary=vocabulary, kind=kind)
+    decoder = _decoder(deep_target, head)
     for plan in (TreePlan(2, 0, 1), TreePlan(9, 6, 4), TreePlan(60, 5, 10)):
         for prompt in PROMPTS:
             rounds = list(decoder.generate(prompt, max_new_tokens=NEW_TOKENS, plan=plan))
-            assert _tokens(rounds) == expected[tuple(prompt)]
+            assert _tokens(rounds) == deep_expected[tuple(prompt)]
+
+
+@pytest.mark.parametrize("kind", DRAFT_CONFIGS)
+def test_a_head_reads_the_true_features_of_its_layers(
+    deep_target: Target, deep_target_folder: Path, kind: str
+) -> None:
+    """What the engine hands a head are HF's hidden states of the committed text, in order."""
+    head = random_head(deep_target, deep_target_folder, kind=kind)
+    read: list[tuple[Tensor, Tensor]] = []
+    extend = head.extend
+
+    def noted(cache: DraftCache, features_TLH: Tensor, next_ids_T: Tensor) -> DraftOutput:
+        read.append((features_TLH, next_ids_T))
+        return extend(cache, features_TLH, next_ids_T)
+
+    head.extend = noted  # type: ignore[method-assign]
+    decoder = _decoder(deep_target, head)
+    prompt = PROMPTS[2]
+    rounds = list(decoder.generate(prompt, max_new_tokens=NEW_TOKENS, plan=TreePlan(16, 3, 4)))
+    text = [*prompt, *_tokens(rounds)]
+    features = torch.cat([features_TLH for features_TLH, _ in read])
+    assert torch.cat([ids for _, ids in read]).tolist() == text[1 : len(features) + 1]
+    states = deep_target.model(torch.tensor([text]), output_hidden_states=True).hidden_states
+    layers = {"eagle1": (7,), "eagle3": (2, 3, 4, 7)}[kind]
+    wanted = torch.stack([states[layer][0, : len(features)] for layer in layers], dim=1)
+    torch.testing.assert_close(features, wanted, rtol=0, atol=4e-5)
+
+
+def test_plain_decoding_computes_no_inner_features(
+    deep_target: Target, deep_target_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The baseline of every speedup does not pay for the head."""
+    decoder = _decoder(deep_target, random_head(deep_target, deep_target_folder, kind="eagle3"))
+    asked: list[object] = []
+    taken = Target.cached_features
+
+    def noted(self: Target, *args, **kwargs) -> Tensor:
+        features_TLH = taken(self, *args, **kwargs)
+        asked.append(features_TLH.shape[1])
+        return features_TLH
+
+    monkeypatch.setattr(Target, "cached_features", noted)
+    list(decoder.generate(PROMPTS[0], max_new_tokens=4, plan=PLAIN))
+    assert set(asked) == {1}
+    list(decoder.generate(PROMPTS[0], max_new_tokens=4, plan=TreePlan(8, 1, 4)))
+    assert set(asked) == {1, 4}
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7])

@@ -27,7 +27,7 @@ def _random_tree(size: int, seed: int) -> DraftTree:
 
 def _prefilled(target: Target, max_tokens: int = 64) -> SequenceCache:
     cache = SequenceCache(target.model.config, max_tokens)
-    target.hidden_states(PROMPT, torch.arange(len(PROMPT)), cache)
+    target.cached_features(PROMPT, torch.arange(len(PROMPT)), cache)
     return cache
 
 
@@ -35,7 +35,9 @@ def _pass(target: Target, cache: SequenceCache, tree: DraftTree) -> torch.Tensor
     start = cache.length
     before = torch.ones((tree.size, start), dtype=torch.bool)
     sees_NC = torch.cat((before, tree.sees_NN), dim=1)
-    hidden_NH = target.hidden_states(tree.token_ids_N, tree.depths_N + start, cache, sees_NC)
+    hidden_NH = target.cached_features(tree.token_ids_N, tree.depths_N + start, cache, sees_NC)[
+        :, -1
+    ]
     return target.logits(hidden_NH)
 
 
@@ -60,7 +62,7 @@ def test_committing_a_path_is_having_read_the_path_alone(tiny_target: Target, se
     cache.commit(len(PROMPT), path)
     ids_T = torch.cat((PROMPT, tree.token_ids_N[list(path)]))
     plain = SequenceCache(tiny_target.model.config, 64)
-    tiny_target.hidden_states(ids_T, torch.arange(len(ids_T)), plain)
+    tiny_target.cached_features(ids_T, torch.arange(len(ids_T)), plain)
     assert cache.length == plain.length == len(ids_T)
     for mine, wanted in zip(cache.layers, plain.layers, strict=True):
         rows = len(ids_T)

@@ -58,7 +58,7 @@ def test_reading_through_a_cache_is_reading_at_once(tiny_target: Target) -> None
     cache = SequenceCache(tiny_target.model.config, 8)
     ids_T, places_T = IDS_BT[0], torch.arange(5)
     parts = [
-        tiny_target.hidden_states(ids_T[a:b], places_T[a:b], cache)
+        tiny_target.cached_features(ids_T[a:b], places_T[a:b], cache)[:, -1]
         for a, b in ((0, 3), (3, 4), (4, 5))
     ]
     whole = tiny_target.features(IDS_BT[:1])[0]

@@ -13,6 +13,9 @@ class DraftConfig(Section):
     implementation: ClassVar[str] = ""
     """`module:Class` of the draft head, imported only where torch is wanted."""
 
+    num_aux_layers: ClassVar[int] = 0
+    """States of the target that the head reads besides the final feature."""
+
     kind: str
     path: str | None = setting(None, "folder of a trained draft head")
     vocab_size: int = field(

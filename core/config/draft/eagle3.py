@@ -13,6 +13,8 @@ class Eagle3Config(DraftConfig):
 
     implementation: ClassVar[str] = "core.draft.eagle3:Eagle3Head"
 
+    num_aux_layers: ClassVar[int] = 3
+
     kind: Literal["eagle3"] = "eagle3"
     num_ttt_steps: int = field(
         7,
