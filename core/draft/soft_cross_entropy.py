@@ -63,16 +63,20 @@ class _SoftCrossEntropy(torch.autograd.Function):
         rank_M = torch.full((rows,), size, dtype=torch.int64, device=hidden_MH.device)
         hidden_gradient = torch.empty_like(hidden_MH) if wants_hidden else None
         weight_gradient = torch.zeros_like(weight_WH, dtype=torch.float32) if wants_weight else None
+        # Large temporaries cost more than what is computed in them.
+        kept_CW = total.new_empty(min(rows, CHUNK_ROWS), size)
         for start in range(0, rows, CHUNK_ROWS):
             part = slice(start, min(start + CHUNK_ROWS, rows))
+            scratch_CW = kept_CW[: part.stop - start]
             logits_CW = (hidden_MH[part] @ cast_WH.T).float()
             probs_CW, best_C = targets(part)
             inside_C = best_C >= 0
             best_logit_C = logits_CW.gather(1, best_C.clamp(min=0)[:, None])
-            rank_C = (logits_CW > best_logit_C).sum(-1)
+            # As float32: sums of bool take ten times as long on CPU.
+            rank_C = torch.gt(logits_CW, best_logit_C, out=scratch_CW).sum(-1).long()
             rank_M[part] = torch.where(inside_C, rank_C, size)
             most_C = logits_CW.amax(-1, keepdim=True)
-            weighted_C = (probs_CW * logits_CW).sum(-1)
+            weighted_C = torch.mul(probs_CW, logits_CW, out=scratch_CW).sum(-1)
             exp_CW = logits_CW.sub_(most_C).exp_()
             sum_C = exp_CW.sum(-1, keepdim=True)
             loss_C = sum_C.log()[:, 0] + most_C[:, 0] - weighted_C
