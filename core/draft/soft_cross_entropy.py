@@ -64,11 +64,18 @@ class _SoftCrossEntropy(torch.autograd.Function):
         hidden_gradient = torch.empty_like(hidden_MH) if wants_hidden else None
         weight_gradient = torch.zeros_like(weight_WH, dtype=torch.float32) if wants_weight else None
         # Large temporaries cost more than what is computed in them.
-        kept_CW = total.new_empty(min(rows, CHUNK_ROWS), size)
+        chunk = min(rows, CHUNK_ROWS)
+        kept_CW, kept_logits_CW = total.new_empty(2, chunk, size)
+        kept_low_CW = cast_WH.new_empty(chunk, size)
         for start in range(0, rows, CHUNK_ROWS):
             part = slice(start, min(start + CHUNK_ROWS, rows))
-            scratch_CW = kept_CW[: part.stop - start]
-            logits_CW = (hidden_MH[part] @ cast_WH.T).float()
+            count = part.stop - start
+            scratch_CW, logits_CW, low_CW = (
+                kept_CW[:count],
+                kept_logits_CW[:count],
+                kept_low_CW[:count],
+            )
+            logits_CW.copy_(torch.mm(hidden_MH[part], cast_WH.T, out=low_CW))
             probs_CW, best_C = targets(part)
             inside_C = best_C >= 0
             best_logit_C = logits_CW.gather(1, best_C.clamp(min=0)[:, None])
@@ -85,7 +92,7 @@ class _SoftCrossEntropy(torch.autograd.Function):
                 gradient_CW = exp_CW.div_(sum_C).sub_(probs_CW)
                 if weights_M is not None:
                     gradient_CW *= weights_M[part, None]
-                low_CW = gradient_CW.to(hidden_MH.dtype)
+                low_CW.copy_(gradient_CW)
                 if hidden_gradient is not None:
                     hidden_gradient[part] = low_CW @ cast_WH
                 if weight_gradient is not None:

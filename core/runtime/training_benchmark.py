@@ -36,13 +36,9 @@ from core.train.task import TRAIN, DraftTask, open_shards, prepare
 
 STAGE = "benchmark"
 REFERENCE, WHOLE, AERIE = "reference", "aerie_whole_vocabulary", "aerie"
-RATIOS = (
-    Ratio("speed_to_reference", "tokens_per_second", AERIE, REFERENCE, at_least=2.0),
-    Ratio("speed_to_reference_whole_vocabulary", "tokens_per_second", WHOLE, REFERENCE),
-    Ratio("first_loss_whole_vocabulary", "first_loss", WHOLE, REFERENCE, 0.99, 1.01),
-    Ratio("last_loss_whole_vocabulary", "last_loss", WHOLE, REFERENCE, 0.98, 1.02),
-    Ratio("first_loss", "first_loss", AERIE, REFERENCE),
-)
+SPEED = Ratio("speed_to_reference", "tokens_per_second", AERIE, REFERENCE, at_least=2.0)
+
+
 CPU = torch.device("cpu")
 
 
@@ -64,11 +60,12 @@ def benchmark_training(config: Config, folder: RunFolder) -> Mapping[str, Any]:
         )
         ways = [
             Way(REFERENCE, bench.reference),
-            Way(WHOLE, lambda _: bench.engine(bench.whole)),
             Way(AERIE, lambda _: bench.engine(bench.task)),
         ]
+        if bench.alike is not bench.task:
+            ways.append(Way(WHOLE, lambda _: bench.engine(bench.alike)))
         found = compare(ways, config.benchmark.repeats, STAGE)
-    summary = summarize_comparison(found, RATIOS)
+    summary = summarize_comparison(found, _ratios(ways[-1].name))
     print_comparison(summary, f"training, {threads} threads, {config.train.dtype}")
     lengths = bench.task.training.lengths_N[np.concatenate(bench.steps)]
     return {
@@ -95,12 +92,13 @@ class _Bench:
 
     Attributes:
         task: as configured.
-        whole: with the target's whole vocabulary, as the reference.
+        alike: with the reference's vocabulary, so that losses are the same: the target's whole one
+            for EAGLE-1, whose reference knows no other; the task itself for EAGLE-3.
         steps: rows of the selection of each step, in the order of the data.
     """
 
     task: DraftTask
-    whole: DraftTask
+    alike: DraftTask
     steps: list[Indices]
     embedding_VH: Tensor
     output_head_VH: Tensor
@@ -115,7 +113,9 @@ class _Bench:
         features = training_inputs(config)["features.path"].absolute()
         location = target_location(str(config.target.path))
         task = prepare(config, location, features)
-        whole = prepare(config.replace(draft={"vocab_size": 0}), location, features)
+        alike = task
+        if config.draft.kind == "eagle1":
+            alike = prepare(config.replace(draft={"vocab_size": 0}), location, features)
         size, total = config.train.global_batch_size, 0
         steps: list[Indices] = []
         for start in range(0, len(task.training) - size + 1, size):
@@ -131,7 +131,7 @@ class _Bench:
                 "raise it, or lower train.global_batch_size"
             )
         folder = target_folder(location)
-        return cls(task, whole, steps, load_embedding(folder), load_output_head(folder))
+        return cls(task, alike, steps, load_embedding(folder), load_output_head(folder))
 
     @property
     def tokens(self) -> int:
@@ -154,7 +154,7 @@ class _Bench:
     def reference(self, _: int) -> dict[str, float]:
         """EAGLE's step; see `core.runtime.training_reference`."""
         train, loss_of = self.task.config.train, REFERENCES[self.task.config.draft.kind]
-        head = self.whole.new_head().train()
+        head = self.alike.new_head().train()
         # Rows of padding in the target's own tensors are part of the reference's products.
         head.attach_target(self.embedding_VH, self.output_head_VH)
         optimizer = torch.optim.AdamW(
@@ -162,7 +162,7 @@ class _Bench:
         )
         tensors = self.embedding_VH.float(), self.output_head_VH.float()
         lower = train.dtype != "float32"
-        maker = self._maker(self.whole)
+        maker = self._maker(self.alike)
 
         def step(number: int, rows: Indices) -> float:
             optimizer.zero_grad()
@@ -242,6 +242,17 @@ class _Bench:
 
     def _rate(self, number: int) -> float:
         return learning_rate(number, len(self.steps), self.task.config.train)
+
+
+def _ratios(alike: str) -> tuple[Ratio, ...]:
+    """What is compared; `alike` is the way whose loss must be the reference's."""
+    losses = (
+        Ratio(f"first_loss_{alike}", "first_loss", alike, REFERENCE, 0.99, 1.01),
+        Ratio(f"last_loss_{alike}", "last_loss", alike, REFERENCE, 0.98, 1.02),
+    )
+    if alike == AERIE:
+        return (SPEED, *losses)
+    return (SPEED, Ratio(f"speed_{alike}", "tokens_per_second", alike, REFERENCE), *losses)
 
 
 @contextmanager
