@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoTokenizer
 
 from core.config import TargetConfig
@@ -77,6 +79,24 @@ def real_conversations(sharegpt_path: Path) -> list[Conversation]:
     parsed = (read_sharegpt(r.parse(), "sharegpt") for r in read_records(sharegpt_path))
     cleaned = (clean(conversation, CleaningCounts()) for conversation in parsed)
     return list(islice((c for c in cleaned if c is not None), 200))
+
+
+@pytest.fixture(scope="session")
+def process_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A process group of one in this process, as a training worker finds it.
+
+    One for the session: DeepSpeed remembers the first one for ever.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DS_ACCELERATOR", "cpu")
+        for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
+            patch.setenv(name, value)
+        store = tmp_path_factory.mktemp("group") / "store"
+        torch.distributed.init_process_group(
+            "gloo", init_method=f"file://{store}", rank=0, world_size=1
+        )
+        yield
+        torch.distributed.destroy_process_group()
 
 
 @pytest.fixture

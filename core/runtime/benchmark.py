@@ -12,20 +12,36 @@ from core.provenance import RunFolder
 from core.runtime.extraction import extraction_inputs, extraction_resources
 from core.runtime.extraction_benchmark import benchmark_extraction
 from core.runtime.resources import Resources
+from core.runtime.training import training_inputs, training_resources
+from core.runtime.training_benchmark import benchmark_training
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Inputs, resources and work of one benchmark, as a `Job` has them."""
+    """Sections, inputs, resources and work of one benchmark, as a `Job` has them."""
 
+    sections: tuple[str, ...]
     inputs: Callable[[Config], Mapping[str, Path]]
     resources: Callable[[Config], Resources]
     run: Callable[[Config, RunFolder], Mapping[str, Any]]
 
 
 BENCHMARKS = {
-    "extraction": Benchmark(extraction_inputs, extraction_resources, benchmark_extraction),
+    "extraction": Benchmark(
+        ("benchmark", "target", "features"),
+        extraction_inputs,
+        extraction_resources,
+        benchmark_extraction,
+    ),
+    "training": Benchmark(
+        ("benchmark", "draft", "train"), training_inputs, training_resources, benchmark_training
+    ),
 }
+
+
+def sections(config: Config) -> tuple[str, ...]:
+    """Those that count for the benchmark asked for."""
+    return BENCHMARKS[config.benchmark.name].sections
 
 
 def inputs(config: Config) -> Mapping[str, Path]:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import threading
-from types import TracebackType
-
 import psutil
+
+from core.runtime.watching import Watcher
 
 SECONDS_BETWEEN_LOOKS = 0.5
 
 
-class PeakMemory:
+class PeakMemory(Watcher):
     """Looks at the process tree twice a second while it is entered.
 
     Attributes:
@@ -20,29 +19,13 @@ class PeakMemory:
     """
 
     def __init__(self) -> None:
+        super().__init__("peak memory", SECONDS_BETWEEN_LOOKS)
         self.peak_mib = 0
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="peak memory", daemon=True)
+        self._this = psutil.Process()
 
-    def __enter__(self) -> PeakMemory:
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._done.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        this = psutil.Process()
-        while True:
-            self.peak_mib = max(self.peak_mib, _resident(this) >> 20)
-            if self._done.wait(SECONDS_BETWEEN_LOOKS):
-                return
+    def look(self) -> None:
+        """See `Watcher`."""
+        self.peak_mib = max(self.peak_mib, _resident(self._this) >> 20)
 
 
 def _resident(root: psutil.Process) -> int:

@@ -11,12 +11,10 @@ import json
 import logging
 import os
 import tempfile
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import ray
@@ -41,8 +39,10 @@ from core.provenance import RunFolder
 from core.runtime.extraction import extraction_inputs, plan_manifest
 from core.runtime.resources import Resources
 from core.runtime.streaming import FeatureStream, StreamBroken, feature_stream, streams
+from core.runtime.watching import Watcher
 from core.tracking import read_metrics
 from core.train.curves import plot_curves
+from core.train.evaluation import ACCEPTED_LENGTH
 from core.train.task import (
     DraftTask,
     SourceOpener,
@@ -56,8 +56,8 @@ STAGE = "train_draft"
 STORAGE, RUN = "ray_train", "draft"
 SNAPSHOT = "checkpoint_manager_snapshot.json"
 SECONDS_BETWEEN_LOOKS = 1.0
-# The weights, their float32 copy, and AdamW's two moments.
-CHECKPOINT_BYTES_PER_PARAMETER = 16
+# Weights, AdamW's two moments, and maybe the best weights and the moving average, all float32.
+CHECKPOINT_BYTES_PER_PARAMETER = 20
 # Ray Train hands these on to its controller; what the user has set stays.
 RAY_TRAIN_SETTINGS = {
     # The default of 2 adds seconds to the end of a run.
@@ -252,12 +252,12 @@ class _RayHost:
             yield Path(folder)
 
     def keep_checkpoint(self, step: int, save: Callable[[Path], None]) -> None:
-        # Every worker reports its own part; Ray Train merges them into one folder.
+        # All workers report; only the first one has something to keep.
         with tempfile.TemporaryDirectory(prefix="aerie-") as folder:
             save(Path(folder))
             ray.train.report(
                 {"step": step},
-                checkpoint=Checkpoint.from_directory(folder),
+                checkpoint=Checkpoint.from_directory(folder) if self.rank == 0 else None,
                 checkpoint_dir_name=f"step-{step:08d}",
             )
 
@@ -301,43 +301,33 @@ def _summary(figures: Mapping[str, Any]) -> str:
     if figures["held_out_loss"] is None:
         return text
     tops = ", ".join(f"top-{n} {figures[f'held_out_top{n}']:.3f}" for n in (1, 3, 10))
-    return f"{text}; held out: loss {figures['held_out_loss']:.3f}, {tops}"
+    text = f"{text}; held out: loss {figures['held_out_loss']:.3f}, {tops}"
+    accepted = figures[ACCEPTED_LENGTH]
+    if accepted is not None:
+        text += f", accepted length {accepted:.2f} on a chain"
+    return f"{text}; head of step {figures['head_step']:,}"
 
 
-class _Follower:
+class _Follower(Watcher):
     """Prints progress from the metrics file, which a worker on any node may be writing.
 
     The driver prints, since what workers print arrives with a prefix and out of order.
     """
 
     def __init__(self, folder: Path, total_steps: int) -> None:
+        super().__init__("follow metrics", SECONDS_BETWEEN_LOOKS)
         self._folder, self._total = folder, total_steps
         self._progress: Progress | None = None
         self._tokens = 0
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._follow, daemon=True, name="follow-metrics")
-
-    def __enter__(self) -> _Follower:
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._done.set()
-        self._thread.join()
-
-    def _follow(self) -> None:
         # What an interrupted run left is no progress of this one.
-        seen = len(read_metrics(self._folder))
-        while not self._done.wait(SECONDS_BETWEEN_LOOKS):
-            records = read_metrics(self._folder)
-            if len(records) != seen:
-                seen = len(records)
-                self._show(records)
+        self._seen = len(read_metrics(folder))
+
+    def look(self) -> None:
+        """See `Watcher`."""
+        records = read_metrics(self._folder)
+        if len(records) != self._seen:
+            self._seen = len(records)
+            self._show(records)
 
     def _show(self, records: list[dict[str, Any]]) -> None:
         trained = [record for record in records if "loss" in record]
@@ -366,4 +356,6 @@ def _note(records: list[dict[str, Any]]) -> str:
     text = f"loss {latest['loss']:.3f} top-1 {latest['top1']:.3f}"
     if "held_out_top1" in latest:
         text += f" (held out {latest['held_out_top1']:.3f})"
+    if ACCEPTED_LENGTH in latest:
+        text += f" τ {latest[ACCEPTED_LENGTH]:.2f}"
     return text

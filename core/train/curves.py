@@ -9,6 +9,7 @@ from typing import Any
 import matplotlib as mpl
 
 from core.tracking import read_metrics
+from core.train.evaluation import ACCEPTED_DEPTH, ACCEPTED_LENGTH
 
 # (metric, label, color): training solid, held-out dashed in the same color.
 LOSS_CURVES = (("loss", "loss", "tab:blue"),)
@@ -20,10 +21,14 @@ ACCURACY_CURVES = (
 
 
 def plot_curves(folder: Path) -> None:
-    """Write `loss.png` and `accuracy.png` beside `metrics.jsonl`."""
+    """Write `loss.png`, `accuracy.png` and `accepted_length.png` beside `metrics.jsonl`.
+
+    The last one only where held-out sequences were evaluated that way.
+    """
     records = read_metrics(folder)
     _plot(folder / "loss.png", records, LOSS_CURVES, "loss a supervised token")
     _plot(folder / "accuracy.png", records, ACCURACY_CURVES, "target's token among the head's top")
+    _plot_accepted(folder / "accepted_length.png", records)
 
 
 def series(records: Sequence[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
@@ -38,17 +43,48 @@ def _plot(
     curves: Sequence[tuple[str, str, str]],
     label: str,
 ) -> None:
-    # Without a window system, whatever the environment says.
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    figure, axes = _figure()
     for name, text, color in curves:
         axes.plot(*series(records, name), color=color, label=f"{text}, training")
         steps, values = series(records, f"held_out_{name}")
         if steps:
             axes.plot(steps, values, "o--", color=color, label=f"{text}, held out")
     axes.set(xlabel="optimizer step", ylabel=label)
+    _save(figure, axes, path)
+
+
+def _plot_accepted(path: Path, records: Sequence[dict[str, Any]]) -> None:
+    """Simulated accepted length by training tokens, and the share of chains accepted by depth."""
+    found = [record for record in records if ACCEPTED_LENGTH in record]
+    if not found:
+        return
+    points = [record["tokens"] for record in found]
+    figure, axes = _figure()
+    axes.plot(points, [r[ACCEPTED_LENGTH] for r in found], "ko-", label="accepted length τ")
+    axes.set(xlabel="tokens trained on", ylabel="τ of one drafted chain, held out")
+    shares = axes.twinx()
+    names = [name for name in found[-1] if name.startswith(ACCEPTED_DEPTH)]
+    for name in names:
+        depth = name.removeprefix(ACCEPTED_DEPTH)
+        values = [record.get(name, 0.0) for record in found]
+        shares.plot(points, values, "--", alpha=0.6, label=f"{depth} deep")
+    shares.set(ylabel="share of chains accepted so deep", ylim=(0, 1))
+    shares.legend(loc="lower right")
+    _save(figure, axes, path)
+
+
+def _figure() -> tuple[Any, Any]:
+    # Without a window system, whatever the environment says.
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    found: tuple[Any, Any] = plt.subplots(figsize=(7, 4), layout="constrained")
+    return found
+
+
+def _save(figure: Any, axes: Any, path: Path) -> None:
+    from matplotlib import pyplot as plt
+
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=120)

@@ -1,35 +1,39 @@
-"""A DeepSpeed engine round a draft head: the only module that knows DeepSpeed.
+"""What trains a draft head: forward, backward, optimizer step, and their state.
 
-The engine averages gradients over workers. Losses are sums over tokens here, so that a step's
-gradient is that of the mean over all supervised tokens of the global batch, however the batch is
-spread over workers and micro-batches.
+Two kinds: `core.train.ddp_engine` on plain torch, `core.train.deepspeed_engine` on DeepSpeed's
+ZeRO. Workers' gradients are averaged. Losses are sums over tokens here, so that a step's gradient
+is that of the mean over all supervised tokens of the global batch, however the batch is spread
+over workers and micro-batches.
+
+A checkpoint holds whole tensors, whatever the number of workers and the way that their state was
+divided, so that a run goes on with another number of workers. It is one file: a head is small.
 """
 
 from __future__ import annotations
 
-import contextlib
-import importlib
-import io
-import logging
-import sys
-import warnings
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from core.config import TrainConfig
 from core.draft.base import DraftBatch, DraftHead
-from core.errors import ConfigError
 
-ZERO_STAGES = {"ddp": 0, "zero1": 1, "zero2": 2}
-TAG = "engine"
 LOSS, NUM_TOKENS = "loss", "num_tokens"
+FILE = "engine.safetensors"
+WEIGHTS, AVERAGE = "weights", "average"
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class LossModule(nn.Module):
-    """What DeepSpeed wraps: its forward pass is the head's training loss.
+    """What an engine wraps: its forward pass is the head's training loss.
 
     Attributes:
         names: what the statistics' entries are, known after the first pass.
@@ -40,8 +44,15 @@ class LossModule(nn.Module):
         self.head = head
         self.names: tuple[str, ...] = ()
 
-    def forward(self, batch: DraftBatch) -> tuple[Tensor, Tensor]:
-        """The differentiable sum of losses, and float64 statistics [len(names)], detached."""
+    def forward(self, batch: DraftBatch, chain_depth: int = 0) -> tuple[Tensor, Tensor]:
+        """The differentiable sum of losses, and float64 statistics [len(names)], detached.
+
+        With a `chain_depth`, `DraftHead.chain_hits` instead: positions, and hits by depth. It
+        comes this way since ZeRO-3 gathers weights round this module's forward pass alone.
+        """
+        if chain_depth:
+            hits_D, positions = self.head.chain_hits(batch, chain_depth)
+            return torch.as_tensor(positions), hits_D
         result = self.head.losses(batch)
         found = {LOSS: result.loss.detach(), NUM_TOKENS: result.num_tokens, **result.sums}
         self.names = tuple(found)
@@ -50,43 +61,43 @@ class LossModule(nn.Module):
         return result.loss, torch.stack(values)
 
 
-class TrainingEngine:
-    """Forward, backward, optimizer step, and their state; one object a worker.
+class TrainingEngine(ABC):
+    """One object a worker. Expects that `torch.distributed` is initialized.
 
-    Expects that `torch.distributed` is initialized.
+    Attributes:
+        module: the loss, round the head.
+        equal_passes: whether workers exchange weights in a forward pass, so that each must make
+            as many of them as the others, in evaluation too.
     """
 
-    def __init__(
-        self,
-        head: DraftHead,
-        embedding_VH: Tensor,
-        output_head_VH: Tensor,
-        config: TrainConfig,
-        device: torch.device,
-    ) -> None:
-        """Move the head to its device and dtype, attach the target's tensors, make the engine."""
-        self.world_size = torch.distributed.get_world_size()
-        self.clip = config.clip
-        self.module = LossModule(head)
-        self._names = dict(head.named_parameters())
-        deepspeed = _import_deepspeed(device)
-        self.module.to(device)
-        optimizer = torch.optim.AdamW(
-            self.module.parameters(),
-            lr=config.lr,
-            betas=config.betas,
-            weight_decay=config.weight_decay,
-            fused=True,
+    equal_passes = False
+
+    def __init__(self, head: DraftHead, config: TrainConfig) -> None:
+        """Nothing is moved or wrapped yet; see `_get_ready`."""
+        self.config = config
+        self.rank, self.world_size = (
+            torch.distributed.get_rank(),
+            torch.distributed.get_world_size(),
         )
-        # Its bf16 optimizer prints memory figures whatever the log level.
-        with contextlib.redirect_stdout(io.StringIO()):
-            self._engine: Any = deepspeed.initialize(
-                model=self.module,
-                optimizer=optimizer,
-                config=deepspeed_config(config, self.world_size),
-                dist_init_required=False,
-            )[0]
-        head.attach_target(embedding_VH, output_head_VH)
+        self.module = LossModule(head)
+        head.recomputes = config.gradient_checkpointing
+        self.names = dict(head.named_parameters())
+        self._updates = 0
+        self._averages: list[Tensor] | None = None
+
+    def _get_ready(self, embedding_VH: Tensor, output_head_VH: Tensor) -> None:
+        """The last part of construction, once the optimizer has its tensors."""
+        for master in self._masters():
+            # As AdamW makes them at its first step; made now, they can be loaded and saved.
+            self._state_of(master).update(
+                step=torch.zeros((), dtype=torch.float32, device=master.device),
+                **{moment: torch.zeros_like(master.data) for moment in MOMENTS},
+            )
+        if self.config.ema:
+            self._averages = [master.detach().clone() for master in self._masters()]
+        self.module.head.attach_target(embedding_VH, output_head_VH)
+
+    # Training
 
     @property
     def statistic_names(self) -> tuple[str, ...]:
@@ -101,90 +112,164 @@ class TrainingEngine:
             global_tokens: supervised tokens of the whole global batch, over all workers.
             last: whether the optimizer step comes next, so that workers exchange gradients now.
         """
-        self._engine.train()
-        self._engine.set_gradient_accumulation_boundary(last)
-        loss, statistics = self._engine(batch)
-        self._engine.backward(loss * (self.world_size / global_tokens), scale_wrt_gas=False)
-        result: Tensor = statistics
-        return result
+        return self._accumulate(batch, self.world_size / global_tokens, last)
 
     def step(self, lr: float) -> float:
         """Clip, update, clear gradients; returns the gradient's norm before clipping."""
-        for group in self._engine.optimizer.param_groups:
-            group["lr"] = lr
-        plain = [p.grad for p in self.module.parameters() if p.grad is not None]
-        # DeepSpeed reports no norm for plain fp32; its other optimizers have one of their own.
-        norm = torch.nn.utils.get_total_norm(plain) if self._is_plain else None
-        self._engine.step()
-        return float(self._engine.get_global_grad_norm() if norm is None else norm)
+        norm = self._step(lr)
+        self._updates += 1
+        if self._averages is not None:
+            share = 1 - decay(self.config.ema, self._updates)
+            torch._foreach_lerp_(self._averages, [m.detach() for m in self._masters()], share)
+        return norm
+
+    # Evaluation
 
     @torch.no_grad()
     def evaluate(self, batch: DraftBatch) -> Tensor:
         """Statistics of one batch, without training on it."""
-        self._engine.eval()
-        result: Tensor = self._engine(batch)[1]
+        self.module.eval()
+        with self._precision():
+            result: Tensor = self.module(batch)[1]
         return result
 
-    def save(self, folder: Path) -> None:
-        """Write this worker's part of the state; all workers call, each with its own folder."""
-        self._engine.save_checkpoint(str(folder), tag=TAG)
+    @torch.no_grad()
+    def chain_hits(self, batch: DraftBatch, depth: int) -> Tensor:
+        """Positions of `DraftHead.chain_hits` of one batch, then hits: float64 [1 + depth]."""
+        self.module.eval()
+        with self._precision():
+            positions, hits_D = self.module(batch, depth)
+        return torch.cat((positions.to(hits_D.device)[None], hits_D)).double()
 
-    def load(self, folder: Path) -> None:
-        """Go on from a folder that holds all workers' parts."""
-        self._engine.load_checkpoint(str(folder), tag=TAG)
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside, the weights are their moving average, where there is one. Not for training."""
+        if self._averages is None:
+            yield
+            return
+        self._swap(self._averages)
+        try:
+            yield
+        finally:
+            self._swap(self._averages)
+
+    # State
 
     def full_weights(self) -> dict[str, Tensor]:
         """The head's weights in float32 on CPU; all workers call, all get them."""
-        fragments = importlib.import_module("deepspeed.utils")
-        weights: dict[str, Tensor] = {}
-        for name, parameter in self._names.items():
-            full = fragments.safe_get_full_fp32_param(parameter)
-            weights[name] = (parameter if full is None else full).detach().float().cpu().clone()
-        return weights
+        return {name: self._whole(p, None) for name, p in self.names.items()}
 
-    @property
-    def _is_plain(self) -> bool:
-        return isinstance(self._engine.optimizer, torch.optim.Optimizer)
+    def save(self, folder: Path) -> None:
+        """Write the whole state; all workers call, the first one writes."""
+        tensors = {f"{WEIGHTS}/{name}": t for name, t in self.full_weights().items()}
+        for moment in MOMENTS:
+            tensors |= {f"{moment}/{n}": self._whole(p, moment) for n, p in self.names.items()}
+        if self._averages is not None:
+            with self.averaged():
+                average = self.full_weights()
+            tensors |= {f"{AVERAGE}/{name}": tensor for name, tensor in average.items()}
+        if self.rank == 0:
+            counts = {"updates": self._updates, "scaler": self._scaler_state()}
+            counts["optimizer_steps"] = float(self._state_of(self._masters()[0])["step"])
+            save_file(tensors, folder / FILE, metadata={"counts": json.dumps(counts)})
+
+    @torch.no_grad()
+    def load(self, folder: Path) -> None:
+        """Go on from a folder that any number of workers has saved."""
+        with safe_open(folder / FILE, framework="pt") as file:
+            counts = json.loads(file.metadata()["counts"])
+            if self._averages is not None:
+                self._fill(file, AVERAGE, None)
+                for average, master in zip(self._averages, self._masters(), strict=True):
+                    average.copy_(master)
+            for moment in MOMENTS:
+                self._fill(file, moment, moment)
+            self._fill(file, WEIGHTS, None)
+        self._spread_masters()
+        for master in self._masters():
+            self._state_of(master)["step"].fill_(counts["optimizer_steps"])
+        self._updates = counts["updates"]
+        self._load_scaler(counts["scaler"])
+
+    def _fill(self, file: Any, kind: str, moment: str | None) -> None:
+        for name, parameter in self.names.items():
+            self._set_whole(parameter, moment, file.get_tensor(f"{kind}/{name}"))
+
+    def _swap(self, others: Sequence[Tensor]) -> None:
+        for master, other in zip(self._masters(), others, strict=True):
+            kept = master.detach().clone()
+            master.data.copy_(other)
+            other.copy_(kept)
+        self._spread_masters()
+
+    # What the kinds differ in
+
+    @abstractmethod
+    def _accumulate(self, batch: DraftBatch, scale: float, last: bool) -> Tensor:
+        """See `accumulate`; the loss is multiplied by `scale`."""
+
+    @abstractmethod
+    def _step(self, lr: float) -> float:
+        """See `step`."""
+
+    @abstractmethod
+    def _precision(self) -> Any:
+        """The context in which the module computes."""
+
+    @abstractmethod
+    def _masters(self) -> list[Tensor]:
+        """The float32 tensors that this worker's optimizer updates: weights, or parts of them."""
+
+    @abstractmethod
+    def _state_of(self, master: Tensor) -> dict[str, Any]:
+        """The optimizer's state of one of them, to be read and changed."""
+
+    @abstractmethod
+    def _spread_masters(self) -> None:
+        """Bring the weights that the module computes with up to date; all workers call."""
+
+    @abstractmethod
+    def _whole(self, parameter: nn.Parameter, moment: str | None) -> Tensor:
+        """A parameter, or a moment of it, float32 on CPU, put together from all workers."""
+
+    @abstractmethod
+    def _set_whole(self, parameter: nn.Parameter, moment: str | None, value: Tensor) -> None:
+        """Give this worker's optimizer its part of a whole tensor."""
+
+    @abstractmethod
+    def _scaler_state(self) -> dict[str, Any]:
+        """The state of the loss scaling; empty where there is none."""
+
+    @abstractmethod
+    def _load_scaler(self, state: dict[str, Any]) -> None:
+        """Take such a state back."""
 
 
-def deepspeed_config(config: TrainConfig, world_size: int) -> dict[str, Any]:
-    """DeepSpeed's own configuration.
-
-    The batch sizes in it are for its counters alone: boundaries are set by hand.
-
-    Raises:
-        ConfigError: a combination that DeepSpeed does badly.
-    """
-    bf16 = config.dtype == "bfloat16"
-    if bf16 and config.parallelism == "ddp":
-        raise ConfigError(
-            "train.parallelism=ddp with train.dtype=bfloat16: DeepSpeed would add up gradients in "
-            "bfloat16; choose train.parallelism=zero1, which adds them up in float32"
-        )
-    share = config.global_batch_size // world_size
-    passes = -(-share // config.micro_batch_size)
-    return {
-        "train_micro_batch_size_per_gpu": min(config.micro_batch_size, share),
-        "gradient_accumulation_steps": passes,
-        "gradient_clipping": config.clip,
-        "zero_optimization": {
-            "stage": ZERO_STAGES[config.parallelism],
-            "overlap_comm": False,
-        },
-        "bf16": {"enabled": bf16},
-        **({"data_types": {"grad_accum_dtype": "fp32"}} if bf16 else {}),
-        "steps_per_print": sys.maxsize,
-        "wall_clock_breakdown": False,
-    }
+def adamw(parameters: Any, config: TrainConfig) -> torch.optim.AdamW:
+    """The optimizer; fused, since it is the fastest and takes no memory of its own."""
+    return torch.optim.AdamW(
+        parameters, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True
+    )
 
 
-def _import_deepspeed(device: torch.device) -> Any:
-    """Import DeepSpeed, quietly, and without its C++ extensions on CPU."""
-    # It calls collectives by names that torch is giving up.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    deepspeed = importlib.import_module("deepspeed")
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    if device.type == "cpu":
-        # It would compile a shared-memory all-reduce for two minutes, which training does not use.
-        sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
-    return deepspeed
+def decay(limit: float, updates: int) -> float:
+    """The moving average's decay at an update: rises to its limit, to forget the random start."""
+    return min(limit, (1 + updates) / (10 + updates))
+
+
+def build_engine(
+    head: DraftHead,
+    embedding_VH: Tensor,
+    output_head_VH: Tensor,
+    config: TrainConfig,
+    device: torch.device,
+) -> TrainingEngine:
+    """Move the head to its device and dtype, attach the target's tensors, make the engine."""
+    # Each kind imports what the other can do without.
+    if config.parallelism == "ddp":
+        from core.train.ddp_engine import DdpEngine
+
+        return DdpEngine(head, embedding_VH, output_head_VH, config, device)
+    from core.train.deepspeed_engine import DeepSpeedEngine
+
+    return DeepSpeedEngine(head, embedding_VH, output_head_VH, config, device)

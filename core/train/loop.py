@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from core.config import TrainConfig
@@ -21,10 +22,12 @@ from core.errors import StageError
 from core.tracking import MetricLog
 from core.train.batches import BatchMaker
 from core.train.engine import LOSS, NUM_TOKENS, TrainingEngine
-from core.train.order import TrainingOrder, evaluation_batches
+from core.train.evaluation import ACCEPTED_LENGTH, HELD_OUT, evaluate, means
+from core.train.order import TrainingOrder
 from core.train.schedule import learning_rate
 from core.train.state import TrainState
 
+BEST = "best.safetensors"
 LOG_EVERY = 10
 """Steps between records, each the token-weighted mean over these steps."""
 
@@ -41,10 +44,10 @@ class Host(Protocol):
         """How many workers there are."""
 
     def last_checkpoint(self) -> AbstractContextManager[Path | None]:
-        """The folder of the newest checkpoint, with all workers' parts; None at the start."""
+        """The folder of the newest checkpoint; None at the start."""
 
     def keep_checkpoint(self, step: int, save: Callable[[Path], None]) -> None:
-        """Have `save` write this worker's part into a folder and keep it; all workers call."""
+        """Have `save` write into a folder, on all workers, and keep what the first one wrote."""
 
 
 @dataclass
@@ -54,6 +57,7 @@ class TrainingLoop:
     Attributes:
         log: where metrics go; None on all workers but one, which opens it by `open_log` once it
             is known where the run goes on.
+        best_weights: of the best evaluation so far, on the first worker, where they are wanted.
     """
 
     engine: TrainingEngine
@@ -64,6 +68,7 @@ class TrainingLoop:
     host: Host
     open_log: Callable[[int], MetricLog] | None
     state: TrainState = field(default_factory=TrainState)
+    best_weights: dict[str, Tensor] | None = None
     _fresh: list[Tensor] = field(default_factory=list)
     _log: MetricLog | None = None
 
@@ -97,6 +102,8 @@ class TrainingLoop:
             if folder is not None:
                 self.engine.load(folder)
                 self.state = TrainState.load(folder)
+                if self.host.rank == 0 and (folder / BEST).exists():
+                    self.best_weights = load_file(folder / BEST)
 
     def _advance(self) -> None:
         """One optimizer step, and what is due after it."""
@@ -114,6 +121,9 @@ class TrainingLoop:
         self.engine.save(folder)
         if self.host.rank == 0:
             self.state.save(folder)
+            if self.best_weights is not None:
+                # With every checkpoint, so that a run never goes on with a best of its future.
+                save_file(self.best_weights, folder / BEST)
 
     def _train_step(self) -> float:
         """Returns the gradient's norm."""
@@ -158,7 +168,8 @@ class TrainingLoop:
     def _log_window(self, norm: float) -> None:
         self._collect()
         state = self.state
-        metrics = self._means(torch.tensor(state.window, dtype=torch.float64).sum(0))
+        sums = torch.tensor(state.window, dtype=torch.float64).sum(0)
+        metrics = means(self.engine.statistic_names, sums)
         state.final_loss = metrics[LOSS]
         if state.initial_loss is None:
             state.initial_loss = metrics[LOSS]
@@ -177,23 +188,20 @@ class TrainingLoop:
             )
 
     def _evaluate(self, held_out: BatchMaker) -> None:
-        """Mean metrics over all held-out sequences."""
-        passes = evaluation_batches(
-            held_out.selection, self.host.rank, self.host.world_size, self.config.micro_batch_size
-        )
-        held_out.announce(passes)
-        sums = torch.zeros(
-            len(self.engine.statistic_names), dtype=torch.float64, device=held_out.device
-        )
-        for rows in passes:
-            sums += self.engine.evaluate(held_out.batch(rows))
-        torch.distributed.all_reduce(sums)
-        self.state.held_out = {f"held_out_{k}": v for k, v in self._means(sums.cpu()).items()}
+        """Metrics on held-out sequences; keeps the weights if they are the best so far."""
+        state = self.state
+        state.held_out = evaluate(self.engine, held_out, self.config)
         if self._log is not None:
-            self._log.log(step=self.state.step, **self.state.held_out)
+            self._log.log(step=state.step, tokens=state.tokens, **state.held_out)
+        if self.config.keep == "best" and (
+            not state.best or score(state.held_out) >= score(state.best)
+        ):
+            state.best, state.best_step = state.held_out, state.step
+            with self.engine.averaged():
+                weights = self.engine.full_weights()
+            self.best_weights = weights if self.host.rank == 0 else None
 
-    def _means(self, sums: Tensor) -> dict[str, float]:
-        """Sums over tokens to means, without the number of tokens itself."""
-        named = dict(zip(self.engine.statistic_names, sums.tolist(), strict=True))
-        tokens = max(named.pop(NUM_TOKENS), 1.0)
-        return {name: value / tokens for name, value in named.items()}
+
+def score(held_out: dict[str, float]) -> float:
+    """What makes an evaluation the best: accepted length, or where there is none, less loss."""
+    return held_out.get(ACCEPTED_LENGTH, -held_out[f"{HELD_OUT}{LOSS}"])

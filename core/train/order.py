@@ -200,10 +200,15 @@ class TrainingOrder:
 
 
 def evaluation_batches(
-    selection: Selection, rank: int, world_size: int, micro_batch_size: int
+    selection: Selection,
+    rank: int,
+    world_size: int,
+    micro_batch_size: int,
+    rows: Indices | None = None,
 ) -> list[Indices]:
-    """One worker's part of all examples, longest first, in passes of at most so many."""
-    order = np.argsort(-selection.lengths_N, kind="stable")
+    """One worker's part of these rows, or of all, longest first, in passes of at most so many."""
+    rows = np.arange(len(selection)) if rows is None else rows
+    order = rows[np.argsort(-selection.lengths_N[rows], kind="stable")]
     return split(order[rank::world_size], micro_batch_size)
 
 

@@ -31,6 +31,8 @@ class TrainState:
         initial_loss: of the first step.
         final_loss: of the steps last logged.
         held_out: metrics of the latest evaluation, by name.
+        best: those of the best evaluation so far.
+        best_step: at which it was; 0 before the first one.
     """
 
     step: int = 0
@@ -42,6 +44,8 @@ class TrainState:
     initial_loss: float | None = None
     final_loss: float | None = None
     held_out: dict[str, float] = field(default_factory=dict)
+    best: dict[str, float] = field(default_factory=dict)
+    best_step: int = 0
 
     def save(self, folder: Path) -> None:
         """Write `state.json`; floats survive exactly."""

@@ -25,9 +25,11 @@ from core.errors import ConfigError, InputError
 from core.models.features import check_layers
 from core.models.target import target_fingerprint, target_folder
 from core.models.weights import load_embedding, load_output_head
+from core.provenance import git_revision, versions
 from core.tracking import MetricLog
 from core.train.batches import BatchMaker
-from core.train.engine import TrainingEngine, deepspeed_config
+from core.train.engine import build_engine
+from core.train.evaluation import ACCEPTED_DEPTH, ACCEPTED_LENGTH
 from core.train.loop import Host, TrainingLoop
 from core.train.order import FeatureSource, Selection, TrainingOrder, select_examples
 from core.train.state import TrainState, trim_metrics
@@ -51,6 +53,7 @@ class DraftTask:
         coverage: share of the supervised tokens that are in it.
         training: the sequences to learn from.
         held_out: those to evaluate on; None where the features have none.
+        code: versions and commit of the code that trains.
     """
 
     config: Config
@@ -63,6 +66,7 @@ class DraftTask:
     coverage: float
     training: Selection
     held_out: Selection | None
+    code: dict[str, Any]
 
     @property
     def order(self) -> TrainingOrder:
@@ -110,7 +114,6 @@ def prepare(
         ConfigError: fewer sequences than a global batch, settings that exclude each other, or
             features without the layers that the head reads.
     """
-    deepspeed_config(config.train, config.train.num_workers)
     folder = target_folder(target)
     fingerprint = target_fingerprint(folder)
 
@@ -151,6 +154,7 @@ def prepare(
         coverage=vocabulary.coverage(counts_V),
         training=training,
         held_out=held_out if held_out is not None and len(held_out) else None,
+        code={**versions(), "git": git_revision()},
     )
     assert task.order.total_steps > 0
     return task
@@ -174,7 +178,7 @@ def train(
     head = task.new_head()
     parameters = sum(parameter.numel() for parameter in head.parameters())
     target = target_folder(task.target)
-    engine = TrainingEngine(
+    engine = build_engine(
         head,
         load_embedding(target),
         load_output_head(target),
@@ -194,18 +198,23 @@ def train(
         open_log=_log_opener(task, output, run_id) if host.rank == 0 else None,
     )
     figures = {**_figures(task, loop.run()), "parameters": parameters}
-    weights = engine.full_weights()
+    # All workers call: it is put together from their parts.
+    with engine.averaged():
+        last = engine.full_weights()
     if host.rank == 0:
         trained = task.new_head()
-        trained.load_state_dict(weights)
+        trained.load_state_dict(last if loop.best_weights is None else loop.best_weights)
         save_head(output / HEAD_FOLDER, trained, _record(task, run_id, figures))
     return figures
 
 
 def _log_opener(task: DraftTask, output: Path, run_id: str) -> Callable[[int], MetricLog]:
+    # The driver's own: workers may run elsewhere, from a copy without `.git`.
+    about = {"config": task.config.model_dump(mode="json"), "code": task.code}
+
     def open_log(step: int) -> MetricLog:
         trim_metrics(output, step)
-        return MetricLog(output, task.config.tracking, run_id)
+        return MetricLog(output, task.config.tracking, run_id, about)
 
     return open_log
 
@@ -226,8 +235,12 @@ def _batch_maker(
 
 
 def _figures(task: DraftTask, state: TrainState) -> dict[str, Any]:
-    names = ("loss", "top1", "top2", "top3", "top10")
-    held_out = {f"held_out_{name}": state.held_out.get(f"held_out_{name}") for name in names}
+    # Of the head that is saved.
+    saved = state.best or state.held_out
+    names = ["loss", "top1", "top2", "top3", "top10"]
+    wanted = [f"{HELD_OUT}_{name}" for name in names] + [ACCEPTED_LENGTH]
+    wanted += [name for name in saved if name.startswith(ACCEPTED_DEPTH)]
+    held_out = {name: saved.get(name) for name in wanted}
     return {
         "steps": state.step,
         "train_tokens": state.tokens,
@@ -235,6 +248,7 @@ def _figures(task: DraftTask, state: TrainState) -> dict[str, Any]:
         "initial_loss": state.initial_loss,
         "final_loss": state.final_loss,
         **held_out,
+        "head_step": state.best_step if state.best else state.step,
         "tokens_per_second": state.tokens / max(state.seconds, 1e-9),
         "seconds": state.seconds,
         "sequences": len(task.training),

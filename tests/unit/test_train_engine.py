@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,27 +16,15 @@ from core.draft.folder import load_head
 from core.errors import StageError
 from core.models.weights import load_embedding, load_output_head
 from core.tracking import read_metrics
-from core.train.engine import TrainingEngine
+from core.train.engine import TrainingEngine, build_engine
 from core.train.schedule import learning_rate
 from core.train.task import DraftTask, prepare, train
+from tests.folder_host import FolderHost
 from tests.tiny_features import batch_maker, write_tiny_features
 
+pytestmark = pytest.mark.usefixtures("process_group")
+
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A process group of one, as a worker finds it."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DS_ACCELERATOR", "cpu")
-        for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
-            patch.setenv(name, value)
-        store = tmp_path_factory.mktemp("group") / "store"
-        torch.distributed.init_process_group(
-            "gloo", init_method=f"file://{store}", rank=0, world_size=1
-        )
-        yield
-        torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
@@ -60,14 +45,15 @@ def _task(folders: tuple[Path, Path], **train: Any) -> DraftTask:
         "checkpoint_every": 2,
         **train,
     }
-    return prepare(
-        Config().replace(train=settings, draft={"vocab_size": 40}), str(folders[0]), folders[1]
+    config = Config().replace(
+        train=settings, draft={"vocab_size": 40}, tracking={"wandb": "disabled"}
     )
+    return prepare(config, str(folders[0]), folders[1])
 
 
 def _engine(task: DraftTask) -> TrainingEngine:
     embedding, output_head = load_embedding(Path(task.target)), load_output_head(Path(task.target))
-    return TrainingEngine(task.new_head(), embedding, output_head, task.config.train, CPU)
+    return build_engine(task.new_head(), embedding, output_head, task.config.train, CPU)
 
 
 def _steps(engine: TrainingEngine, task: DraftTask, steps: range) -> list[float]:
@@ -99,7 +85,7 @@ def _reference(task: DraftTask, steps: int) -> tuple[DraftHead, list[float]]:
     return head, norms
 
 
-@pytest.mark.parametrize("parallelism", ["ddp", "zero1", "zero2"])
+@pytest.mark.parametrize("parallelism", ["ddp", "zero0", "zero1", "zero2", "zero3"])
 def test_steps_equal_plain_torch_on_the_whole_batch(
     folders: tuple[Path, Path], parallelism: str
 ) -> None:
@@ -150,28 +136,6 @@ def test_bfloat16_keeps_float32_weights_and_positions(folders: tuple[Path, Path]
     assert torch.equal(fc.bfloat16(), dict(head.named_parameters())["fc.weight"])
 
 
-@dataclass
-class _FolderHost:
-    """Keeps checkpoints in a folder; stops the run after one of them, as a kill would."""
-
-    folder: Path
-    stop_after: int | None = None
-    rank: int = 0
-    world_size: int = 1
-
-    @contextmanager
-    def last_checkpoint(self) -> Iterator[Path | None]:
-        kept = sorted(self.folder.glob("step-*"))
-        yield kept[-1] if kept else None
-
-    def keep_checkpoint(self, step: int, save: Callable[[Path], None]) -> None:
-        kept = self.folder / f"step-{step:08d}"
-        kept.mkdir(parents=True)
-        save(kept)
-        if step == self.stop_after:
-            raise KeyboardInterrupt
-
-
 def _curve(folder: Path) -> list[dict[str, Any]]:
     timed = ("time", "tokens_per_second")
     return [{k: v for k, v in r.items() if k not in timed} for r in read_metrics(folder)]
@@ -185,13 +149,13 @@ def test_a_run_goes_on_exactly(
     task = _task(folders, epochs=3)
     assert task.order.total_steps == 9
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
-    whole = train(task, undisturbed, "run", _FolderHost(undisturbed / "kept"), CPU)
+    whole = train(task, undisturbed, "run", FolderHost(undisturbed / "kept"), CPU)
     with pytest.raises(KeyboardInterrupt):
-        train(task, killed, "run", _FolderHost(killed / "kept", stop_after=6), CPU)
+        train(task, killed, "run", FolderHost(killed / "kept", stop_after=6), CPU)
     assert not (killed / "head").exists()
     # The kill came later: a checkpoint was lost, and records beyond the one before it are there.
     shutil.rmtree(killed / "kept" / "step-00000006")
-    figures = train(task, killed, "run", _FolderHost(killed / "kept"), CPU)
+    figures = train(task, killed, "run", FolderHost(killed / "kept"), CPU)
 
     timed = ("seconds", "tokens_per_second")
     assert {k: v for k, v in figures.items() if k not in timed} == {
@@ -204,8 +168,8 @@ def test_a_run_goes_on_exactly(
 
 
 def test_training_learns_and_says_so(folders: tuple[Path, Path], tmp_path: Path) -> None:
-    task = _task(folders, epochs=20)
-    figures = train(task, tmp_path, "run", _FolderHost(tmp_path / "kept"), CPU)
+    task = _task(folders, epochs=20, keep="last")
+    figures = train(task, tmp_path, "run", FolderHost(tmp_path / "kept"), CPU)
     assert figures["final_loss"] < 0.8 * figures["initial_loss"]
     assert figures["steps"] == 60
     assert figures["epochs"] == 20
@@ -216,7 +180,7 @@ def test_training_learns_and_says_so(folders: tuple[Path, Path], tmp_path: Path)
 
 
 def test_a_finished_run_saves_its_head_again(folders: tuple[Path, Path], tmp_path: Path) -> None:
-    task, host = _task(folders), _FolderHost(tmp_path / "kept")
+    task, host = _task(folders), FolderHost(tmp_path / "kept")
     first = train(task, tmp_path, "run", host, CPU)
     weights = load_head(tmp_path / "head").state_dict()
     shutil.rmtree(tmp_path / "head")
@@ -225,11 +189,133 @@ def test_a_finished_run_saves_its_head_again(folders: tuple[Path, Path], tmp_pat
     assert all(torch.equal(again[name], weights[name]) for name in weights)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "parallelism"), [("float32", "zero1"), ("bfloat16", "zero1"), ("bfloat16", "ddp")]
+)
 def test_a_loss_that_is_no_number_names_the_step(
-    folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folders: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: str,
+    parallelism: str,
 ) -> None:
     monkeypatch.setattr("core.train.loop.LOG_EVERY", 100)
-    task = _task(folders, lr=1e30, warmup_steps=0, checkpoint_every=1000)
+    settings = {"dtype": dtype, "parallelism": parallelism, "checkpoint_every": 1000}
+    task = _task(folders, lr=1e30, warmup_steps=0, **settings)
     with pytest.raises(StageError, match=r"loss is \w+ at step [23];.*lower train\.lr"):
-        train(task, tmp_path, "run", _FolderHost(tmp_path / "kept"), CPU)
+        train(task, tmp_path, "run", FolderHost(tmp_path / "kept"), CPU)
     assert not (tmp_path / "kept").exists()
+
+
+def test_a_moving_average_is_what_is_evaluated_and_saved(
+    folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    for parallelism in ("ddp", "zero1", "zero2", "zero3"):
+        task = _task(folders, ema=0.9, parallelism=parallelism)
+        engine = _engine(task)
+        wanted, maker = engine.full_weights(), batch_maker(task)
+        for step in range(4):
+            _steps(engine, task, range(step, step + 1))
+            share = 1 - min(0.9, (2 + step) / (11 + step))
+            now = engine.full_weights()
+            wanted = {n: t + share * (now[n] - t) for n, t in wanted.items()}
+        before = engine.evaluate(maker.batch(np.arange(4)))
+        with engine.averaged():
+            averaged = engine.full_weights()
+            inside = engine.evaluate(maker.batch(np.arange(4)))
+        for name, tensor in wanted.items():
+            torch.testing.assert_close(averaged[name], tensor)
+            assert torch.equal(engine.full_weights()[name], now[name])
+        assert not torch.equal(inside, before)
+        assert torch.equal(engine.evaluate(maker.batch(np.arange(4))), before)
+        head = task.new_head()
+        head.load_state_dict(averaged)
+        head.attach_target(load_embedding(Path(task.target)), load_output_head(Path(task.target)))
+        with torch.no_grad():
+            alone = head.eval().losses(maker.batch(np.arange(4))).loss
+        assert float(inside[0]) == pytest.approx(float(alone), rel=1e-5)
+
+
+def test_float16_scales_its_loss(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    """The first scale overflows float16, so that steps are skipped and the scale comes down."""
+    task = _task(folders, dtype="float16", parallelism="ddp", epochs=4, lr=3e-3)
+    engine = _engine(task)
+    start = engine.full_weights()
+    norms = _steps(engine, task, range(1))
+    skipped = not np.isfinite(norms[0])
+    assert skipped == all(torch.equal(t, start[n]) for n, t in engine.full_weights().items())
+    _steps(engine, task, range(1, 8))
+    engine.save(tmp_path)
+    again = _engine(task)
+    again.load(tmp_path)
+    assert again._scaler_state() == engine._scaler_state() != {}
+    _steps(engine, task, range(8, 12))
+    _steps(again, task, range(8, 12))
+    for name, tensor in engine.full_weights().items():
+        assert torch.equal(again.full_weights()[name], tensor)
+        assert torch.isfinite(tensor).all()
+    reference, _ = _reference(_task(folders, epochs=4, lr=3e-3), steps=12)
+    if not skipped:
+        for name, wanted in reference.state_dict().items():
+            torch.testing.assert_close(engine.full_weights()[name], wanted, rtol=0.05, atol=5e-3)
+
+
+@pytest.mark.parametrize("written", ["ddp", "zero0", "zero1", "zero2", "zero3"])
+def test_any_engine_goes_on_from_any_other(
+    folders: tuple[Path, Path], tmp_path: Path, written: str
+) -> None:
+    """Of the same kind bit by bit."""
+    first = _engine(_task(folders, parallelism=written, ema=0.5))
+    task = _task(folders, ema=0.5)
+    _steps(first, task, range(3))
+    first.save(tmp_path)
+    _steps(first, task, range(3, 6))
+    for read in {"ddp", "zero1", written}:
+        engine = _engine(_task(folders, parallelism=read, ema=0.5))
+        engine.load(tmp_path)
+        _steps(engine, task, range(3, 6))
+        pairs = [(engine.full_weights(), first.full_weights())]
+        with engine.averaged(), first.averaged():
+            pairs.append((engine.full_weights(), first.full_weights()))
+        for found, wanted in pairs:
+            for name, tensor in wanted.items():
+                if read == written:
+                    assert torch.equal(found[name], tensor), name
+                else:
+                    torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("parallelism", ["ddp", "zero1", "zero3"])
+def test_recomputing_activations_changes_nothing_but_memory(
+    folders: tuple[Path, Path], parallelism: str
+) -> None:
+    kept, recomputed = (
+        _engine(_task(folders, parallelism=parallelism, gradient_checkpointing=wanted))
+        for wanted in (False, True)
+    )
+    task = _task(folders)
+    assert _steps(kept, task, range(3)) == _steps(recomputed, task, range(3))
+    for name, tensor in kept.full_weights().items():
+        assert torch.equal(recomputed.full_weights()[name], tensor), name
+
+
+def test_recomputing_keeps_fewer_activations(folders: tuple[Path, Path]) -> None:
+    task = _task(folders)
+    batch = batch_maker(task).batch(task.order.global_batch(0), 0)
+
+    def kept_bytes(recomputes: bool) -> int:
+        head = task.new_head().train()
+        head.recomputes = recomputes
+        head.attach_target(load_embedding(Path(task.target)), load_output_head(Path(task.target)))
+        sizes: dict[int, int] = {}
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            head.losses(batch)
+        parameters = {p.untyped_storage().data_ptr() for p in head.parameters()}
+        return sum(size for place, size in sizes.items() if place not in parameters)
+
+    assert 0 < kept_bytes(True) < 0.5 * kept_bytes(False)

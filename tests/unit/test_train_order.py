@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from core.config import TrainConfig
 from core.errors import ConfigError, InputError
+from core.train.evaluation import plan
 from core.train.order import TrainingOrder, evaluation_batches, seed_of, select_examples
 from core.train.schedule import learning_rate
 
@@ -124,6 +125,36 @@ def test_evaluation_takes_every_example_once() -> None:
     selection = _order().selection
     rows = [rows for rank in range(3) for rows in evaluation_batches(selection, rank, 3, 4)]
     assert sorted(np.concatenate(rows).tolist()) == list(range(23))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_the_accepted_length_is_simulated_on_so_many_tokens(world_size: int) -> None:
+    selection = _order().selection
+    tokens = int(selection.lengths_N[:5].sum()) + 1
+    config = TrainConfig(accepted_tokens=tokens, micro_batch_size=2)
+    plans = [plan(selection, config, rank, world_size, equal=False) for rank in range(world_size)]
+    chained = [row for own in plans for one in own if one.chained for row in one.rows]
+    others = [row for own in plans for one in own if not one.chained for row in one.rows]
+    assert sorted(chained) == [0, 1, 2, 3, 4]
+    assert sorted(chained + others) == list(range(23))
+    for own in plans:
+        assert [one.chained for one in own] == sorted((one.chained for one in own), reverse=True)
+    none = plan(selection, TrainConfig(accepted_tokens=0), 0, 1, equal=False)
+    assert not any(one.chained for one in none)
+    # Where the first example alone is longer, it is taken nevertheless.
+    one, *_ = plan(selection, TrainConfig(accepted_tokens=1), 0, 1, equal=False)
+    assert one.chained and one.rows.tolist() == [0]
+
+
+def test_workers_that_must_keep_step_evaluate_alike() -> None:
+    selection = _order().selection
+    tokens = int(selection.lengths_N[:1].sum())
+    config = TrainConfig(accepted_tokens=tokens, micro_batch_size=4)
+    plans = [plan(selection, config, rank, 3, equal=True) for rank in range(3)]
+    assert len({tuple(one.chained for one in own) for own in plans}) == 1
+    counted = [row for own in plans for one in own if one.counts for row in one.rows]
+    assert sorted(counted) == list(range(23))
+    assert any(not one.counts for own in plans for one in own)
 
 
 def test_too_few_sequences_are_named_with_numbers() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import time
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,10 @@ def test_what_an_earlier_run_left_is_no_progress(
     lines = "".join(json.dumps(record) + "\n" for record in _records(1, 10))
     (tmp_path / "metrics.jsonl").write_text(lines)
     with training._Follower(tmp_path, total_steps=40) as follower:
-        follower._done.wait(0.2)
+        time.sleep(0.2)
         assert follower._progress is None
-    assert not capsys.readouterr().out
+        assert not capsys.readouterr().out
+        with (tmp_path / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(_records(20)[0]) + "\n")
+        time.sleep(0.2)
+        assert follower._progress is not None

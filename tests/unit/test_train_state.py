@@ -25,6 +25,8 @@ def test_state_survives_exactly(tmp_path: Path) -> None:
         window=[[1 / 3, 2.0], [1e-300, 5e17]],
         initial_loss=2 / 3,
         held_out={"held_out_loss": 1 / 7},
+        best={"held_out_loss": 1 / 9},
+        best_step=5,
     )
     state.save(tmp_path)
     assert TrainState.load(tmp_path) == state
@@ -70,6 +72,11 @@ def test_plots_are_pictures(tmp_path: Path) -> None:
         ],
     )
     plot_curves(tmp_path)
-    for name in ("loss.png", "accuracy.png"):
+    assert not (tmp_path / "accepted_length.png").exists()
+    accepted = {"held_out_accepted_length": 1.5, "held_out_accepted_depth_1": 0.4}
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 10, "tokens": 500, **accepted}) + "\n")
+    plot_curves(tmp_path)
+    for name in ("loss.png", "accuracy.png", "accepted_length.png"):
         height, width, _ = image.imread(tmp_path / name).shape
         assert (width, height) == (840, 480)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 
 from core.config import Config
 from core.errors import ConfigError, MismatchError
@@ -97,9 +98,29 @@ def test_fewer_sequences_than_a_batch(folders: tuple[Path, Path]) -> None:
         prepare(_config(global_batch_size=22), str(folders[0]), folders[1])
 
 
-def test_bfloat16_without_zero_is_refused(folders: tuple[Path, Path]) -> None:
-    with pytest.raises(ConfigError, match=r"choose train\.parallelism=zero1"):
-        prepare(_config(parallelism="ddp", dtype="bfloat16"), str(folders[0]), folders[1])
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"parallelism": "zero0", "dtype": "bfloat16"}, r"add up gradients in bfloat16; choose"),
+        ({"parallelism": "zero1", "dtype": "float16"}, r"no float16 on CPU; choose train\.dtype="),
+        ({"num_workers": 3, "global_batch_size": 8}, r"not a multiple of train\.num_workers=3"),
+    ],
+)
+def test_settings_that_exclude_each_other(settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValidationError, match=said):
+        _config(**settings)
+
+
+def test_float16_has_its_places() -> None:
+    assert _config(parallelism="ddp", dtype="float16").train.dtype == "float16"
+    assert _config(dtype="float16", gpus_per_worker=1).train.dtype == "float16"
+
+
+def test_how_the_work_is_divided_is_no_part_of_a_runs_identity() -> None:
+    wanted = _config().identity(["train"])
+    for change in ({"num_workers": 4}, {"micro_batch_size": 1}, {"gradient_checkpointing": True}):
+        assert _config(**change).identity(["train"]) == wanted
+    assert _config(keep="last").identity(["train"]) != wanted
 
 
 def test_features_without_held_out_split_train_without_evaluation(tmp_path: Path) -> None:

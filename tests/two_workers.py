@@ -1,0 +1,70 @@
+"""Two processes that stay, joined by gloo: workers for tests without Ray."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+PATIENCE_SECONDS = 240
+
+
+class TwoWorkers:
+    """Calls functions in both at the same time; they must be importable by name."""
+
+    def __init__(self, folder: Path) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipes, self._processes = [], []
+        for rank in range(2):
+            here, there = context.Pipe()
+            process = context.Process(target=_work, args=(rank, folder / "group", there))
+            process.start()
+            self._pipes.append(here)
+            self._processes.append(process)
+
+    def __call__(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+        """`function(rank, *arguments)` in each; the results in the order of ranks."""
+        for pipe in self._pipes:
+            pipe.send((function, arguments))
+        found = []
+        for rank, pipe in enumerate(self._pipes):
+            assert pipe.poll(PATIENCE_SECONDS), f"worker {rank} does not answer"
+            failed, result = pipe.recv()
+            assert not failed, f"worker {rank}: {result}"
+            found.append(result)
+        return found
+
+    def __enter__(self) -> TwoWorkers:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for process in self._processes:
+            process.kill()
+            process.join()
+
+
+def _work(rank: int, group: Path, pipe: Any) -> None:
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "OMP_NUM_THREADS": 1}
+    os.environ.update({name: str(value) for name, value in names.items()})
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    import torch
+
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{group}", rank=rank, world_size=2
+    )
+    while True:
+        function, arguments = pipe.recv()
+        try:
+            pipe.send((False, function(rank, *arguments)))
+        except BaseException:
+            pipe.send((True, traceback.format_exc()))
