@@ -64,7 +64,7 @@ class Eagle3Head(RecurrentHead):
             geometry = replace(geometry, rope_theta=config.rope_theta)
         super().__init__(config, geometry, vocabulary)
         hidden, eps = geometry.hidden_size, geometry.rms_norm_eps
-        self.weights = [config.step_decay**step for step in range(config.num_ttt_steps)]
+        self.step_weights = [config.step_decay**step for step in range(config.num_ttt_steps)]
         self.norm_before_residual = config.norm_before_residual
         self.fc = nn.Linear(config.num_aux_layers * hidden, hidden, bias=False)
         self.midlayer = MidLayer(geometry, qkv_bias=config.qkv_bias)
@@ -119,18 +119,18 @@ class Eagle3Head(RecurrentHead):
         """
         supervised_BT = supervised_positions(batch)
         wanted_BT = supervised_BT
-        for step in range(1, len(self.weights)):
+        for step in range(1, len(self.step_weights)):
             wanted_BT = wanted_BT | shifted(supervised_BT, step)
         chains = Chains.of(batch, supervised_BT, wanted_BT)
         logits_SW, best_S = self.target_choices(chains.final_SH)
         states, numbers, weights = [], [], []
-        for step, state_MH in enumerate(self.grow(batch, chains, len(self.weights))):
+        for step, state_MH in enumerate(self.grow(batch, chains, len(self.step_weights))):
             number_M = chains.targets_M(step)
             counts_M = chains.counted_M(step) & (best_S[number_M] >= 0)
             rows = counts_M.nonzero()[:, 0]
             states.append(state_MH.index_select(0, rows))
             numbers.append(number_M[rows])
-            weights.append(torch.full((len(rows),), self.weights[step], device=rows.device))
+            weights.append(torch.full((len(rows),), self.step_weights[step], device=rows.device))
         number = torch.cat(numbers)
 
         def targets(part: slice) -> tuple[Tensor, Tensor]:

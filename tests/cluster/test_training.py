@@ -205,7 +205,7 @@ def test_an_eagle3_head_is_trained_from_shards(
     window = losses[records[-2]["step"] : records[-1]["step"]]
     mean = sum(loss for loss, _ in window) / sum(tokens for _, tokens in window)
     assert records[-1]["loss"] == pytest.approx(mean, rel=2e-3)
-    assert report["final_loss"] < 0.9 * report["initial_loss"]
+    assert report["final_loss"] < 0.95 * report["initial_loss"]
 
     head = tmp_path / "out" / "head"
     assert read_record(head)["feature_layers"] == list(layers)

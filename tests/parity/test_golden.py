@@ -119,7 +119,7 @@ def test_the_parts_of_eagle1s_loss() -> None:
 def test_eagle3s_loss_step_by_step(steps: int) -> None:
     golden = _golden("eagle3")
     head = _head("eagle3")
-    head.weights = [0.0] * (steps - 1) + [1.0]  # type: ignore[assignment]
+    head.step_weights = [0.0] * (steps - 1) + [1.0]  # type: ignore[assignment]
     found = head.losses(_batch("eagle3", slice(0, 3))).loss / golden["padded.positions"]
     assert_near(found, golden["padded.losses"][steps - 1])
 
