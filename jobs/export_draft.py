@@ -1,7 +1,6 @@
 """Write a draft head in the layout of another engine.
 
-    python -m jobs.export_draft draft.path=runs/quickstart/draft/head \\
-        target.path=runs/quickstart/model export.format=vllm output=runs/export
+python -m jobs.export_draft --config configs/export_smollm2.yaml export.format=sglang
 """
 
 from __future__ import annotations

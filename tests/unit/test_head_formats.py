@@ -12,11 +12,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from core.config import DRAFT_CONFIGS
+from core.config import DRAFT_CONFIGS, Config
+from core.decode.load import load_decoder
+from core.decode.tree import PLAIN, TreePlan
+from core.draft import formats
 from core.draft.folder import check_folder, load_head, save_head
 from core.draft.formats import FORMATS, read_head, recognize
 from core.errors import InputError, MismatchError
 from core.models.target import Target
+from core.models.weights import load_embedding
 from tests import checkpoints
 from tests.checkpoints import CONFIG, HIDDEN, VOCAB
 
@@ -46,6 +50,33 @@ def test_formats_are_told_apart_by_content(tmp_path: Path, config: dict, name: s
     folder = checkpoints.write(tmp_path / "head", config, {})
     assert recognize(folder).name == name
     check_folder(folder)
+
+
+def test_formats_are_found_by_their_files_alone() -> None:
+    shared = {"__init__", "common", "files", "public"}
+    files = {path.stem for path in Path(formats.__file__).parent.glob("*.py")}
+    assert set(FORMATS) == files - shared
+
+
+def test_a_head_of_others_drafts_and_the_text_is_the_targets(
+    tmp_path: Path, tiny_target: Target, tiny_target_folder: Path
+) -> None:
+    weights = {**checkpoints.eagle1(), "embed_tokens.weight": load_embedding(tiny_target_folder)}
+    folder = checkpoints.write(tmp_path / "head", CONFIG, weights, pickled=True)
+    config = Config().replace(
+        target={"path": str(tiny_target_folder), "dtype": "float32"},
+        draft={"path": str(folder)},
+        decode={"total_tokens": 12, "depth": 3},
+    )
+    decoder = load_decoder(config, num_threads=1).decoder
+    prompt = [1, *range(40, 60)]
+
+    def text(plan: TreePlan | None) -> tuple[list[int], set[int]]:
+        rounds = list(decoder.generate(prompt, max_new_tokens=40, plan=plan))
+        return [t for r in rounds for t in r.tokens], {r.tree_size for r in rounds[1:]}
+
+    drafted, sizes = text(None)
+    assert sizes == {12} and text(PLAIN) == (drafted, {1})
 
 
 def test_aeries_own_folder_is_told_whatever_its_config_says(tmp_path: Path) -> None:

@@ -102,7 +102,10 @@ def write(folder: Path, head: DraftHead, record: Mapping[str, Any]) -> None:
     config = head.config.model_dump(mode="json", exclude={"path"})
     about = {"format_version": FORMAT_VERSION, "draft": config, **record}
     dtype = str(next(head.parameters()).dtype).removeprefix("torch.")
-    (folder / CONFIG).write_text(json.dumps(_public_config(head, dtype), indent=2))
+    public = _public_config(head, dtype)
+    if "d2t" in tensors:
+        public["draft_vocab_size"] = head.vocabulary.size
+    (folder / CONFIG).write_text(json.dumps(public, indent=2))
     (folder / AERIE).write_text(json.dumps(about, indent=2))
 
 

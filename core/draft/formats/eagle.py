@@ -81,8 +81,8 @@ class EagleFormat(HeadFormat):
         elif not head.vocabulary.is_whole:
             differences.append(
                 f"EAGLE's code scores all {head.vocabulary.target_size} tokens of the target, not "
-                f"the {head.vocabulary.size} of the head's draft vocabulary: slower drafts, about "
-                "the same acceptance"
+                f"the {head.vocabulary.size} of the head's draft vocabulary: slower drafts, and "
+                "some of tokens that it never learnt to guess"
             )
         return ExportedHead(
             config=config,

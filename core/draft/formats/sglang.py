@@ -2,7 +2,8 @@
 
 The names are EAGLE's. What differs: the class names; EAGLE-1's `fc` always has a bias, while
 `"bias": true` in the config would give biases to the attention; layer ids count the layer whose
-*output* is read, one less than the layer that it enters.
+*output* is read, one less than the layer that it enters. (vLLM loads `LlamaForCausalLMEagle3` too
+and takes its ids for layers that are entered; a class of this name is read as SGLang means it.)
 Source: SGLang 0.5.23 `srt/models/{llama_eagle,llama_eagle3,qwen2_eagle,llama}.py`,
 `srt/speculative/eagle_worker_v2.py`; SpecForge 0.2.0 `export/to_sglang.py`.
 """
@@ -104,7 +105,8 @@ class SglangFormat(HeadFormat):
             differences.append(
                 f"SGLang drafts from the head's {head.vocabulary.size} tokens only where "
                 f"--speculative-token-map is given; without it from all "
-                f"{head.vocabulary.target_size}: slower drafts, about the same acceptance"
+                f"{head.vocabulary.target_size}: slower drafts, and some of tokens that it never "
+                "learnt to guess"
             )
         return ExportedHead(
             config=config,

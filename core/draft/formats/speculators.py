@@ -81,7 +81,7 @@ class SpeculatorsFormat(HeadFormat):
         proposal = {"proposal_type": "greedy", "speculative_tokens": 3}
         config: dict[str, Any] = {
             "architectures": ["Eagle3DraftModel"],
-            "model_type": "speculator_model",
+            # No `model_type`: vLLM tells the layout by its absence.
             "speculators_model_type": "eagle3",
             "speculators_config": {
                 "algorithm": "eagle3",

@@ -89,7 +89,7 @@ class VllmFormat(HeadFormat):
             differences.append(
                 f"vLLM drafts EAGLE-1 from all {head.vocabulary.target_size} tokens of the target, "
                 f"not from the {head.vocabulary.size} of the head's draft vocabulary: slower "
-                "drafts, about the same acceptance"
+                "drafts, and some of tokens that it never learnt to guess"
             )
         return ExportedHead(
             config=config,
