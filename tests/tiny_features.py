@@ -41,14 +41,16 @@ def write_tiny_features(
     seed: int = 0,
     dtype: str = "float32",
     layers: tuple[int, ...] = (2,),
+    num_layers: int = 2,
 ) -> tuple[Path, Path]:
     """Write `<folder>/target` and `<folder>/features`; returns both.
 
     Sequences are of random tokens and lengths 8..longest, the last half of each supervised.
-    Features are the states entering these layers of the target, which has two; 2 is the final one.
+    Features are the states entering these layers of the target, which has `num_layers`; that
+    number is the final one's.
     """
     target_folder = folder / "target"
-    save_tiny_target(target_folder)
+    save_tiny_target(target_folder, num_layers=num_layers)
     target = load_target(TargetConfig(path=str(target_folder), dtype="float32"), num_threads=1)
     manifest = Manifest(
         target=target.fingerprint,

@@ -53,10 +53,15 @@ class Config(Section):
         return value
 
     def replace(self, **changes: Any) -> Config:
-        """A validated copy; a section's changes are a mapping: `replace(target={"path": p})`."""
+        """A validated copy; a section's changes are a mapping: `replace(target={"path": p})`.
+
+        Another `kind` of draft begins from its own defaults: it has other fields.
+        """
         values = self.model_dump()
         for name, change in changes.items():
-            if isinstance(change, dict):
+            if name == "draft" and change.get("kind", self.draft.kind) != self.draft.kind:
+                values[name] = change
+            elif isinstance(change, dict):
                 values[name].update(change)
             else:
                 values[name] = change

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,9 @@ from transformers import PretrainedConfig
 
 from core.config import DraftConfig
 from core.draft.vocabulary import DraftVocabulary
+
+FEED_FORWARD_NAMES = ("intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner")
+EPSILON_NAMES = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon")
 
 
 @dataclass(frozen=True)
@@ -37,18 +40,26 @@ class TargetGeometry:
 
     @classmethod
     def of(cls, config: PretrainedConfig) -> TargetGeometry:
-        """Read an HF config (transformers 5 keeps rotary settings in `rope_parameters`)."""
+        """Read an HF config; names differ where a model is no Llama.
+
+        A mixture's feed-forward size is one expert's (Mixtral) or what dense layers beside the
+        experts have (Qwen-3): the head's one layer is dense.
+        """
         text: Any = config.get_text_config()
+        # transformers 5 keeps rotary settings there, per kind of layer where kinds differ.
         rope = getattr(text, "rope_parameters", None) or {}
-        heads = text.num_attention_heads
+        rope = rope.get("full_attention", rope)
+        heads, hidden = text.num_attention_heads, text.hidden_size
+        given = (getattr(text, name, None) for name in FEED_FORWARD_NAMES)
+        epsilons = (getattr(text, name, None) for name in EPSILON_NAMES)
         return cls(
             vocab_size=text.vocab_size,
-            hidden_size=text.hidden_size,
-            intermediate_size=text.intermediate_size,
+            hidden_size=hidden,
+            intermediate_size=next((size for size in given if size), 4 * hidden),
             num_attention_heads=heads,
             num_key_value_heads=getattr(text, "num_key_value_heads", None) or heads,
-            head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
-            rms_norm_eps=getattr(text, "rms_norm_eps", 1e-6),
+            head_dim=getattr(text, "head_dim", None) or hidden // heads,
+            rms_norm_eps=next((epsilon for epsilon in epsilons if epsilon), 1e-6),
             rope_theta=rope.get("rope_theta", getattr(text, "rope_theta", None) or 10000.0),
             max_position_embeddings=text.max_position_embeddings,
         )
@@ -257,6 +268,8 @@ def build_head(
 ) -> DraftHead:
     """A new head with random weights that depend on `seed` alone."""
     cls = implementation(type(config))
+    if config.intermediate_size:
+        geometry = replace(geometry, intermediate_size=config.intermediate_size)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return cls(config, geometry, vocabulary)

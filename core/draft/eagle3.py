@@ -4,8 +4,8 @@ It reads pairs (g_i, token_{i+1}), where g_i is the fusion of the states that en
 target's layers, and guesses token_{i+2} with an output layer of its own. Behind the last true
 position, the state that it computed itself takes g's place.
 
-Shapes: P positions of a batch, M of them with chains, H hidden, L feature layers (three and the
-final feature, last), W draft vocabulary, V target vocabulary, C rows of a chunk.
+Shapes: S supervised places of a batch, M positions with chains, H hidden, L feature layers (three
+and the final feature, last), W draft vocabulary.
 Source: EAGLE-3 (Li et al. 2025), section 3; reference `eagle/traineagle3/cnets.py`.
 """
 
@@ -64,7 +64,7 @@ class Eagle3Head(RecurrentHead):
             geometry = replace(geometry, rope_theta=config.rope_theta)
         super().__init__(config, geometry, vocabulary)
         hidden, eps = geometry.hidden_size, geometry.rms_norm_eps
-        self.weights = [config.step_decay**step for step in range(config.num_ttt_steps)]
+        self.step_weights = [config.step_decay**step for step in range(config.num_ttt_steps)]
         self.norm_before_residual = config.norm_before_residual
         self.fc = nn.Linear(config.num_aux_layers * hidden, hidden, bias=False)
         self.midlayer = MidLayer(geometry, qkv_bias=config.qkv_bias)
@@ -119,28 +119,27 @@ class Eagle3Head(RecurrentHead):
         """
         supervised_BT = supervised_positions(batch)
         wanted_BT = supervised_BT
-        for step in range(1, len(self.weights)):
+        for step in range(1, len(self.step_weights)):
             wanted_BT = wanted_BT | shifted(supervised_BT, step)
         chains = Chains.of(batch, supervised_BT, wanted_BT)
-        logits_PW, best_P = self.target_choices(chains.final_PH[chains.supervised_P])
-        number_P = chains.supervised_P.cumsum(0) - 1
+        logits_SW, best_S = self.target_choices(chains.final_SH)
         states, numbers, weights = [], [], []
-        for step, state_MH in enumerate(self.grow(batch, chains, len(self.weights))):
-            number_M = number_P[chains.places_M(step)]
-            counts_M = chains.counted_M(step) & (best_P[number_M] >= 0)
+        for step, state_MH in enumerate(self.grow(batch, chains, len(self.step_weights))):
+            number_M = chains.targets_M(step)
+            counts_M = chains.counted_M(step) & (best_S[number_M] >= 0)
             rows = counts_M.nonzero()[:, 0]
             states.append(state_MH.index_select(0, rows))
             numbers.append(number_M[rows])
-            weights.append(torch.full((len(rows),), self.weights[step], device=rows.device))
+            weights.append(torch.full((len(rows),), self.step_weights[step], device=rows.device))
         number = torch.cat(numbers)
 
         def targets(part: slice) -> tuple[Tensor, Tensor]:
-            return logits_PW[number[part]].float().softmax(-1), best_P[number[part]]
+            return logits_SW[number[part]].float().softmax(-1), best_S[number[part]]
 
         loss, rank = self.lm_head(self.norm(torch.cat(states)), targets, torch.cat(weights))
         first = rank[: len(states[0])]
         hits = {f"top{n}": (first < n).sum() for n in TOP_N}
-        return LossSums(loss, torch.tensor(len(best_P)), hits)
+        return LossSums(loss, torch.tensor(len(best_S)), hits)
 
     # Public layout
 

@@ -4,8 +4,8 @@ A head turns true features into a state, reads a state with the token behind it,
 state that stands for the next position. Chains of such steps are drafted in decoding from a cache
 (`extend`, `step`) and, in training and evaluation, from all positions of a batch at once.
 Shapes: B batch, T tokens, L feature layers, H hidden, N packed tokens, M of them that chains grow
-from, P positions of a batch, I what attention reads, V target vocabulary, W draft vocabulary,
-K nodes of one depth, C cached positions.
+from, P places of a batch, S supervised ones, I what attention reads, V target vocabulary, W draft
+vocabulary, K nodes of one depth, C cached positions.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -78,6 +79,15 @@ class Chains:
         """int64 [M], where the chains are at a step; some valid place once they are at an end."""
         places_M = self.packing.places_N.index_select(0, self.rows_M)
         return (places_M + step).clamp(max=max(0, len(self.next_ids_P) - 1))
+
+    @cached_property
+    def final_SH(self) -> Tensor:
+        """The final features of the S supervised places."""
+        return self.final_PH[self.supervised_P]
+
+    def targets_M(self, step: int) -> Tensor:
+        """int64 [M], which of the S each chain is at; without meaning where it is at none."""
+        return (self.supervised_P.cumsum(0) - 1)[self.places_M(step)]
 
     def counted_M(self, step: int) -> Tensor:
         """bool [M], which chains are at a supervised place of their own sequence at a step."""
@@ -153,22 +163,22 @@ class RecurrentHead(DraftHead):
         self._output_head_VH = None
 
     @torch.no_grad()
-    def target_choices(self, final_PH: Tensor) -> tuple[Tensor, Tensor]:
-        """What the target itself says behind positions, of their final features [P, H].
+    def target_choices(self, final_SH: Tensor) -> tuple[Tensor, Tensor]:
+        """What the target itself says at places, of their final features [S, H].
 
         Returns:
-            Its logits of the draft vocabulary [P, W] in the head's dtype, and the draft id [P] of
+            Its logits of the draft vocabulary [S, W] in the head's dtype, and the draft id [S] of
             its argmax over its whole vocabulary, -1 where that is outside of the draft's.
         """
         assert self._output_head_VH is not None, "attach_target comes first"
-        size, d2t_W = self.vocabulary.target_size, self.vocabulary.d2t_W.to(final_PH.device)
+        size, d2t_W = self.vocabulary.target_size, self.vocabulary.d2t_W.to(final_SH.device)
         head_VH = self._output_head_VH[:size]
-        t2d_V = self.vocabulary.t2d_V.to(final_PH.device)
+        t2d_V = self.vocabulary.t2d_V.to(final_SH.device)
         logits, best = [], []
-        for part_PH in final_PH.to(head_VH.dtype).split(max(1, LOGITS_AT_ONCE // size)):
-            logits_PV = part_PH @ head_VH.T
-            best.append(t2d_V[logits_PV.argmax(-1)])
-            logits.append(logits_PV if self.vocabulary.is_whole else logits_PV[:, d2t_W])
+        for part_SH in final_SH.to(head_VH.dtype).split(max(1, LOGITS_AT_ONCE // size)):
+            logits_SV = part_SH @ head_VH.T
+            best.append(t2d_V[logits_SV.argmax(-1)])
+            logits.append(logits_SV if self.vocabulary.is_whole else logits_SV[:, d2t_W])
         return torch.cat(logits), torch.cat(best)
 
     # Training and evaluation
@@ -244,11 +254,12 @@ class RecurrentHead(DraftHead):
         for step in range(1, depth):
             whole_BT = whole_BT & shifted(supervised_BT, step)
         chains = Chains.of(batch, supervised_BT, whole_BT)
-        _, best_P = self.target_choices(chains.final_PH)
+        _, best_S = self.target_choices(chains.final_SH)
         alive_M = torch.ones_like(chains.rows_M, dtype=torch.bool)
         hits = []
         for step, state_MH in enumerate(self.grow(batch, chains, depth)):
-            alive_M = alive_M & (self.logits(state_MH).argmax(-1) == best_P[chains.places_M(step)])
+            guess_M = self.logits(state_MH).argmax(-1)
+            alive_M = alive_M & (guess_M == best_S[chains.targets_M(step)])
             hits.append(alive_M.sum())
         return torch.stack(hits), torch.tensor(len(alive_M), device=alive_M.device)
 
@@ -264,7 +275,9 @@ class RecurrentHead(DraftHead):
         """See base class."""
         cache.length = cache.committed
         positions_T = torch.arange(len(next_ids_T), device=next_ids_T.device) + cache.length
-        state_1H = self._read(cache, self.first_state(features_TLH), next_ids_T, positions_T, None)
+        # The embedding's dtype is the head's; packed layers do not tell theirs.
+        state_TH = self.first_state(features_TLH.to(self.embed(next_ids_T[:1]).dtype))
+        state_1H = self._read(cache, state_TH, next_ids_T, positions_T, None)
         cache.committed = cache.length
         return DraftOutput(state_1H, self.logits(state_1H))
 
@@ -285,7 +298,7 @@ class RecurrentHead(DraftHead):
         sees_TC: Tensor | None,
     ) -> Tensor:
         """States after T positions that the cache takes in; of the last alone without a mask."""
-        x_TI, residual_TH = self.layer_input(state_TH.to(self.embed(next_ids_T).dtype), next_ids_T)
+        x_TI, residual_TH = self.layer_input(state_TH, next_ids_T)
         cos, sin = self.rotary(positions_T)
         attention_1TH = self.layer.self_attn.cached(x_TI[None], cos, sin, cache, sees_TC)
         attended = attention_1TH.shape[1]

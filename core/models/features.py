@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from core.config import TargetConfig
+from core.config import DraftConfig, TargetConfig
 from core.data.batches import pad_right, plan_batches
 from core.data.examples import Example
 from core.data.feature_manifest import INT8, Manifest
@@ -47,6 +47,37 @@ def feature_layers(
             "the final feature"
         )
     return (*sorted(set(ids) - {num_layers}), num_layers)
+
+
+def check_layers(
+    draft: DraftConfig,
+    layers: Literal["final", "eagle3"] | Sequence[int],
+    *,
+    final_named: bool = False,
+) -> None:
+    """Refuse features that lack what a head reads, or have more than it can.
+
+    Args:
+        draft: the head's config.
+        layers: `features.layers`, or the layers of a manifest.
+        final_named: whether a list is sure to name the final feature, as a manifest's does.
+    Raises:
+        ConfigError: the number of layers beside the final feature is not the head's. A head that
+            reads the final feature alone takes any.
+    """
+    if layers == "final":
+        beside = {0}
+    elif layers == "eagle3":
+        beside = {3}
+    else:
+        beside = {len(layers) - 1} if final_named else {len(layers) - 1, len(layers)}
+    if draft.num_aux_layers and draft.num_aux_layers not in beside:
+        got = layers if isinstance(layers, str) else f"layers {list(layers)}"
+        raise ConfigError(
+            f"draft.kind={draft.kind} reads {draft.num_aux_layers} states of the target beside "
+            f"its final feature, and these features are {got}; extract them with "
+            "features.layers=eagle3, or train another draft.kind"
+        )
 
 
 def load_for_extraction(config: TargetConfig, num_threads: int) -> Target:

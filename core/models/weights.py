@@ -3,36 +3,50 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, cast
 
+import torch
 from safetensors import safe_open
 from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
 from core.errors import InputError
 
-EMBEDDING_NAMES = (
-    "model.embed_tokens.weight",
-    "transformer.wte.weight",
-    "transformer.word_embeddings.weight",
-    "embed_tokens.weight",
-)
-OUTPUT_HEAD_NAMES = ("lm_head.weight", "output.weight")
-
 
 def load_embedding(folder: Path) -> Tensor:
-    """The input embedding [V, H] of the model in `folder`, in its stored dtype."""
-    return _load(folder, EMBEDDING_NAMES, "input embedding")
+    """The input embedding [V, H] of the model in `folder`, in its stored dtype.
+
+    Raises:
+        InputError: no safetensors files, not a causal language model, or no such tensor in them.
+    """
+    return _load(folder, lambda model: model.get_input_embeddings(), "input embedding")
 
 
 def load_output_head(folder: Path) -> Tensor:
-    """The output head [V, H]; the embedding where the two are tied."""
-    tied = json.loads((folder / "config.json").read_text()).get("tie_word_embeddings", False)
-    names = EMBEDDING_NAMES if tied else OUTPUT_HEAD_NAMES + EMBEDDING_NAMES
-    return _load(folder, names, "output head")
+    """The output head [V, H]; the embedding where the two are tied.
+
+    Raises:
+        InputError: as `load_embedding`; also where the output head has a bias, without which the
+            target's distribution would be another.
+    """
+    return _load(folder, lambda model: model.get_output_embeddings(), "output head")
 
 
-def _load(folder: Path, names: tuple[str, ...], what: str) -> Tensor:
+def _load(folder: Path, find: Callable[[PreTrainedModel], Any], what: str) -> Tensor:
     files = _tensor_files(folder)
+    model = _without_weights(folder)
+    layer = find(model)
+    if layer is None:
+        raise InputError(f"{folder}: {type(model).__name__} says of no layer that it is its {what}")
+    if getattr(layer, "bias", None) is not None:
+        raise InputError(
+            f"{folder}: the {what} of {type(model).__name__} has a bias, which draft heads do not "
+            "take over; use another target"
+        )
+    names = _stored_names(model, layer.weight)
     for name in names:
         if name in files:
             with safe_open(files[name], framework="pt") as file:
@@ -41,6 +55,31 @@ def _load(folder: Path, names: tuple[str, ...], what: str) -> Tensor:
     raise InputError(
         f"{folder}: no {what} found; looked for {', '.join(names)} in its safetensors files"
     )
+
+
+def _without_weights(folder: Path) -> PreTrainedModel:
+    """The model's modules, which know their names and what is tied; no memory for weights."""
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        with torch.device("meta"):
+            return cast(PreTrainedModel, AutoModelForCausalLM.from_config(config))
+    except ValueError as error:
+        raise InputError(
+            f"{folder}: not a causal language model that transformers knows ({error})"
+        ) from error
+
+
+def _stored_names(model: PreTrainedModel, weight: Tensor) -> list[str]:
+    """How a checkpoint may call a weight: all names of a tied one, with and without the body's.
+
+    Checkpoints of the bare body, as GPT-2's on the model hub, leave its name out; some
+    architectures store other names than their modules have (GPT-NeoX's `embed_out`).
+    """
+    named = model.named_parameters(remove_duplicate=False)
+    own = {name: parameter for name, parameter in named if parameter is weight}
+    body = f"{model.base_model_prefix}."
+    bare = [name.removeprefix(body) for name in own if name.startswith(body)]
+    return list(dict.fromkeys((*own, *bare, *revert_weight_conversion(model, own))))
 
 
 def _tensor_files(folder: Path) -> dict[str, Path]:

@@ -14,6 +14,7 @@ import ray
 from core.config import Config
 from core.errors import ConfigError
 from core.evaluate.page import print_table, read_samples, write_page
+from core.models.features import check_layers
 from core.progress import say
 from core.provenance import RunFolder
 from core.runtime import job as jobs
@@ -80,6 +81,7 @@ def data_input(config: Config) -> dict[str, Path]:
     """
     inputs = data_inputs(config.data)
     check_tree_sizes(config)
+    check_layers(config.draft, config.features.layers)
     if config.features.mode == "stream":
         raise ConfigError(
             "features.mode=stream: the main job keeps its features in shards; leave it out, or "

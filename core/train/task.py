@@ -22,6 +22,7 @@ from core.draft.base import DraftHead, TargetGeometry, build_head
 from core.draft.folder import save_head
 from core.draft.vocabulary import DraftVocabulary
 from core.errors import ConfigError, InputError
+from core.models.features import check_layers
 from core.models.target import target_fingerprint, target_folder
 from core.models.weights import load_embedding, load_output_head
 from core.provenance import git_revision, versions
@@ -82,7 +83,9 @@ def count_parameters(config: Config, target: Path) -> int:
     """Trained weights of such a head for such a target; nothing is allocated."""
     geometry = TargetGeometry.of(AutoConfig.from_pretrained(target))
     with torch.device("meta"):
-        head = build_head(config.draft, geometry, DraftVocabulary.whole(geometry.vocab_size))
+        size = min(config.draft.vocab_size or geometry.vocab_size, geometry.vocab_size)
+        vocabulary = DraftVocabulary(torch.arange(size), geometry.vocab_size)
+        head = build_head(config.draft, geometry, vocabulary)
     return sum(parameter.numel() for parameter in head.parameters())
 
 
@@ -108,7 +111,8 @@ def prepare(
     Raises:
         MismatchError: the features come from another target.
         InputError: no features, nothing supervised in them, or an example too long to stream.
-        ConfigError: fewer sequences than a global batch, or settings that exclude each other.
+        ConfigError: fewer sequences than a global batch, settings that exclude each other, or
+            features without the layers that the head reads.
     """
     folder = target_folder(target)
     fingerprint = target_fingerprint(folder)
@@ -118,6 +122,8 @@ def prepare(
             return ExampleDataset(features, split)
         return FeatureDataset(features, split, fingerprint)
 
+    manifest = streamed or read_manifest(features)
+    check_layers(config.draft, manifest.feature_layers, final_named=True)
     dataset = open_split(TRAIN)
     geometry = TargetGeometry.of(AutoConfig.from_pretrained(folder))
     counts_V = dataset.token_counts(geometry.vocab_size)
@@ -129,7 +135,6 @@ def prepare(
     vocabulary = DraftVocabulary.from_counts(counts_V, config.draft.vocab_size)
     training = select_examples(dataset, config.train.max_length)
     held_out = None
-    manifest = streamed or read_manifest(features)
     if manifest.shards.get(HELD_OUT):
         held_out = select_examples(open_split(HELD_OUT), config.train.max_length)
     longest = min(config.train.max_length, manifest.max_length)

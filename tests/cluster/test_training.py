@@ -22,6 +22,8 @@ import torch
 from ray.cluster_utils import Cluster
 
 from core.config import Config
+from core.decode.load import load_decoder
+from core.decode.tree import PLAIN, TreePlan
 from core.draft.base import DraftHead
 from core.draft.folder import load_head, read_record
 from core.models.weights import load_embedding, load_output_head
@@ -199,6 +201,47 @@ def test_two_workers_train_like_plain_torch(
     tokens = int(result.num_tokens)
     assert report["held_out_loss"] == pytest.approx(float(result.loss) / tokens, rel=5e-3)
     assert report["held_out_top10"] == pytest.approx(float(result.sums["top10"]) / tokens, abs=0.03)
+
+
+def test_an_eagle3_head_is_trained_from_shards(
+    two_nodes: str, overrides: dict[str, Any], tmp_path: Path
+) -> None:
+    """By two workers as by plain torch; it knows its layers, and decodes losslessly."""
+    layers = (2, 3, 4, 7)
+    target, features = write_tiny_features(
+        tmp_path, examples=50, held_out=7, num_layers=7, layers=layers
+    )
+    settings = {
+        **overrides,
+        "target.path": target,
+        "target.dtype": "float32",
+        "features.path": features,
+        "train.epochs": 8,
+    }
+    values = {"kind": "eagle3", "vocab_size": settings.pop("draft.vocab_size")}
+    config = _config(settings, two_nodes, tmp_path / "out").replace(draft=values)
+    report = dict(run_stage(JOB, config))
+    _, losses = _reference(_task(config))
+    records = [record for record in read_metrics(tmp_path / "out") if "loss" in record]
+    assert records[0]["loss"] == pytest.approx(losses[0][0] / losses[0][1], rel=1e-4)
+    window = losses[records[-2]["step"] : records[-1]["step"]]
+    mean = sum(loss for loss, _ in window) / sum(tokens for _, tokens in window)
+    assert records[-1]["loss"] == pytest.approx(mean, rel=2e-3)
+    assert report["final_loss"] < 0.95 * report["initial_loss"]
+
+    head = tmp_path / "out" / "head"
+    assert read_record(head)["feature_layers"] == list(layers)
+    decoding = {"total_tokens": 16, "depth": 3, "top_k": 4, "max_context": 128}
+    decoder = load_decoder(
+        config.replace(draft={"path": str(head)}, decode=decoding), num_threads=1
+    ).decoder
+    assert decoder.feature_layers == layers
+
+    def answer(plan: TreePlan) -> list[int]:
+        rounds = decoder.generate([1, 30, 31, 32], max_new_tokens=16, plan=plan)
+        return [token for done in rounds for token in done.tokens]
+
+    assert answer(decoder.plan) == answer(PLAIN)
 
 
 def test_the_run_is_spread_and_leaves_what_it_should(

@@ -78,7 +78,7 @@ class Reference:
     def __init__(self, head: Eagle3Head, features_TLH: Tensor, ids_T: Tensor) -> None:
         self.w = dict(head.named_parameters())
         self.g, self.eps = head.geometry, head.geometry.rms_norm_eps
-        self.norm_before_residual = head.config.norm_before_residual
+        self.norm_before_residual = head.norm_before_residual
         assert head.embedding_VH is not None
         self.embedded = head.embedding_VH[ids_T]
         self.fused = features_TLH[:, :3].flatten(1) @ self.w["fc.weight"].T

@@ -18,13 +18,18 @@ from transformers import (
     Qwen2Config,
 )
 
-from core.config import TargetConfig
+from core.config import DRAFT_CONFIGS, TargetConfig
 from core.data.examples import Example
 from core.data.feature_manifest import Manifest
 from core.data.feature_shards import FeatureDataset, FeatureExample
 from core.errors import ConfigError, InputError
 from core.models import attention
-from core.models.features import extract_shard, feature_layers, load_for_extraction
+from core.models.features import (
+    check_layers,
+    extract_shard,
+    feature_layers,
+    load_for_extraction,
+)
 from core.models.target import Target, load_target
 from core.models.tiny import byte_tokenizer
 from core.runtime.feature_checks import relative_errors, tolerance
@@ -280,6 +285,32 @@ def test_a_device_map_needs_gpus(folder: Path) -> None:
 )
 def test_which_layers(layers, count: int, wanted: tuple[int, ...]) -> None:
     assert feature_layers(layers, count) == wanted
+
+
+@pytest.mark.parametrize(
+    ("kind", "layers", "named", "fits"),
+    [
+        ("eagle1", "final", False, True),
+        ("eagle1", "eagle3", False, True),
+        ("eagle1", (2, 7), True, True),
+        ("eagle3", "eagle3", False, True),
+        ("eagle3", "final", False, False),
+        # In a config the final feature may be left out; in a manifest it is always there.
+        ("eagle3", (1, 4, 9), False, True),
+        ("eagle3", (1, 4, 9, 12), False, True),
+        ("eagle3", (1, 4, 9, 12), True, True),
+        ("eagle3", (1, 4, 9), True, False),
+        ("eagle3", (1, 4), False, False),
+        ("eagle3", (1, 2, 4, 9, 12), True, False),
+    ],
+)
+def test_features_that_a_head_cannot_read_are_refused(kind, layers, named, fits) -> None:
+    draft = DRAFT_CONFIGS[kind].model_validate({})
+    if fits:
+        check_layers(draft, layers, final_named=named)
+        return
+    with pytest.raises(ConfigError, match=r"reads 3 states .* extract them with"):
+        check_layers(draft, layers, final_named=named)
 
 
 @pytest.mark.parametrize(

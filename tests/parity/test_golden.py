@@ -93,7 +93,7 @@ def test_loss_and_every_gradient(kind: str, case: str, rows: slice) -> None:
     for name, parameter in head.named_parameters():
         wanted = golden[f"{case}.grad.{name}"]
         assert parameter.grad is not None and bool((wanted != 0).any()), name
-        assert_near(parameter.grad, wanted, msg=lambda text, name=name: f"{name}: {text}")
+        assert_near(parameter.grad, wanted, msg=f"{name}: another gradient")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -119,7 +119,7 @@ def test_the_parts_of_eagle1s_loss() -> None:
 def test_eagle3s_loss_step_by_step(steps: int) -> None:
     golden = _golden("eagle3")
     head = _head("eagle3")
-    head.weights = [0.0] * (steps - 1) + [1.0]  # type: ignore[assignment]
+    head.step_weights = [0.0] * (steps - 1) + [1.0]  # type: ignore[assignment]
     found = head.losses(_batch("eagle3", slice(0, 3))).loss / golden["padded.positions"]
     assert_near(found, golden["padded.losses"][steps - 1])
 

@@ -74,9 +74,7 @@ def test_the_benchmark_trains_the_same_in_every_way(
     folders: tuple[Path, Path], tmp_path: Path, parallelism: str
 ) -> None:
     config = _config(folders, "eagle1", 40, parallelism=parallelism).replace(output=str(tmp_path))
-    folder = RunFolder(
-        "benchmark", config, benchmark.sections(config), benchmark.inputs(config)
-    )
+    folder = RunFolder("benchmark", config, benchmark.sections(config), benchmark.inputs(config))
     threads = torch.get_num_threads()
     report = benchmark.run(config, folder)
     torch.set_num_threads(threads)

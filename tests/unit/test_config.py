@@ -150,7 +150,10 @@ def test_every_config_file_loads(path: Path) -> None:
 
 
 def test_there_are_config_files() -> None:
-    assert {"smoke", "quickstart", "serve_smollm2"} <= {path.stem for path in CONFIGS}
+    here = {path.stem for path in CONFIGS}
+    assert {"smoke", "quickstart", "quickstart_eagle3", "serve_smollm2"} <= here
+    targets = {"llama31_8b_eagle3", "qwen3_8b_eagle3", "vicuna_7b_eagle1", "mixtral_8x7b_eagle1"}
+    assert targets <= here
 
 
 def test_frozen() -> None:
@@ -166,6 +169,14 @@ def test_replace_validates_and_keeps_the_rest() -> None:
     assert config.output is None
     with pytest.raises(ValueError, match="multiple of"):
         config.replace(train={"num_workers": 3})
+
+
+def test_another_kind_of_draft_begins_from_its_own_defaults() -> None:
+    config = load_config(None, ["draft.noise=0.2", "draft.vocab_size=5"])
+    other = config.replace(draft={"kind": "eagle3", "num_ttt_steps": 3}).draft
+    assert (other.kind, other.num_ttt_steps, other.vocab_size) == ("eagle3", 3, 8192)
+    again = Config(draft=other).replace(draft={"vocab_size": 9}).draft
+    assert (again.kind, again.num_ttt_steps, again.vocab_size) == ("eagle3", 3, 9)
 
 
 def test_identity_holds_what_can_change_a_result() -> None:
@@ -279,10 +290,10 @@ def test_an_algorithm_is_found_by_its_file_alone(tmp_path: Path) -> None:
         check=True,
     )
     kinds, chain, default, link, chian, links, described, heavy = done.stdout.splitlines()
-    assert kinds == "['chain', 'eagle1']"
+    assert kinds == "['chain', 'eagle1', 'eagle3']"
     assert chain == "ChainConfig 5 8192"
     assert default == "Eagle1Config"
     assert link.endswith("unknown key draft.link; did you mean draft.links?")
-    assert "chian" in chian and "'chain', 'eagle1'" in chian
+    assert "chian" in chian and "'chain', 'eagle1', 'eagle3'" in chian
     assert "unknown key draft.links" in links
     assert (described, heavy) == ("True", "[]")

@@ -1,4 +1,4 @@
-"""Loading, calibrating and evaluating a decoder: the tiny target, a head of random weights."""
+"""Loading, calibrating and evaluating a decoder: a tiny target, heads of random weights."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from core.config import Config
-from core.config.draft.eagle1 import Eagle1Config
+from core.config import DRAFT_CONFIGS, Config
 from core.data.conversations import Message
 from core.data.prompts import Prompt
 from core.decode.calibration import LARGEST_TREE, calibrate
@@ -23,16 +22,25 @@ from core.evaluate.summary import CHOSEN, summarize
 from core.models.target import Target
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", params=DRAFT_CONFIGS)
 def config(
-    tmp_path_factory: pytest.TempPathFactory, tiny_target: Target, tiny_target_folder: Path
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    deep_target: Target,
+    deep_target_folder: Path,
 ) -> Config:
-    geometry = TargetGeometry.of(tiny_target.model.config)
-    head = build_head(Eagle1Config(), geometry, DraftVocabulary.whole(geometry.vocab_size), 5)
+    """Of a head of each algorithm; as in serving, its folder alone says which it is."""
+    geometry = TargetGeometry.of(deep_target.model.config)
+    whole = DraftVocabulary.whole(geometry.vocab_size)
+    head = build_head(DRAFT_CONFIGS[request.param].model_validate({}), geometry, whole, 5)
     folder = tmp_path_factory.mktemp("draft") / "head"
-    save_head(folder, head, {"target_fingerprint": tiny_target.fingerprint})
+    record = {
+        "target_fingerprint": deep_target.fingerprint,
+        "feature_layers": list(head.feature_layers(deep_target.num_layers)),
+    }
+    save_head(folder, head, record)
     return Config().replace(
-        target={"path": str(tiny_target_folder), "dtype": "float32"},
+        target={"path": str(deep_target_folder), "dtype": "float32"},
         draft={"path": str(folder)},
         decode={"total_tokens": 6, "depth": 2, "top_k": 4, "max_context": 256},
         eval={

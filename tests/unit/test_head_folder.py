@@ -172,7 +172,7 @@ def test_another_versions_head_is_refused(
     save_head(folder, _head(tiny_target), {})
     about = json.loads((folder / "aerie.json").read_text())
     (folder / "aerie.json").write_text(json.dumps({**about, **change}))
-    with pytest.raises(InputError, match="this version reads format 1 of eagle1"):
+    with pytest.raises(InputError, match="this version reads format 1 of eagle1, eagle3"):
         load_head(folder)
 
 

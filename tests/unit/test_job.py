@@ -266,6 +266,10 @@ def test_a_job_without_output_says_so(name: str, capsys: pytest.CaptureFixture[s
         (["cluster.address=auto", "output=runs/x"], "output=runs/x is relative"),
         (["eval.fixed_total_tokens=[54]"], "54 is outside 1..53"),
         (["train.num_workers=3"], "not a multiple of"),
+        (
+            ["draft.kind=eagle3"],
+            "extract them with features.layers=eagle3",
+        ),
     ],
 )
 def test_the_quick_start_says_what_is_wrong_before_ray_starts(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
@@ -12,13 +13,20 @@ from pydantic import ValidationError
 from core.config import Config
 from core.errors import ConfigError, MismatchError
 from core.models.tiny import save_tiny_target
+from core.models.weights import load_embedding, load_output_head
 from core.train.task import count_parameters, prepare
-from tests.tiny_features import write_tiny_features
+from tests.tiny_features import batch_maker, write_tiny_features
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return write_tiny_features(tmp_path_factory.mktemp("tiny"), examples=20, held_out=4)
+
+
+@pytest.fixture(scope="module")
+def eagle3_folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("eagle3")
+    return write_tiny_features(folder, examples=20, held_out=4, num_layers=7, layers=(2, 3, 4, 7))
 
 
 def _config(**train: Any) -> Config:
@@ -44,6 +52,33 @@ def test_parameters_are_counted_without_making_them(folders: tuple[Path, Path]) 
     task = prepare(_config(), str(folders[0]), folders[1])
     made = sum(parameter.numel() for parameter in task.new_head().parameters())
     assert count_parameters(_config(), folders[0]) == made
+
+
+def test_parameters_of_a_head_with_its_own_output_layer(eagle3_folders: tuple[Path, Path]) -> None:
+    config = _config().replace(draft={"kind": "eagle3", "vocab_size": 30})
+    task = prepare(config, str(eagle3_folders[0]), eagle3_folders[1])
+    assert task.new_head().state_dict()["lm_head.weight"].shape == (30, 32)
+    made = sum(parameter.numel() for parameter in task.new_head().parameters())
+    assert count_parameters(config, eagle3_folders[0]) == made
+
+
+def test_features_without_the_heads_layers_are_refused(folders: tuple[Path, Path]) -> None:
+    config = Config().replace(draft={"kind": "eagle3"}, train={"global_batch_size": 8})
+    said = (
+        r"draft\.kind=eagle3 reads 3 states .* these features are layers \[2\]; extract them with "
+        r"features\.layers=eagle3"
+    )
+    with pytest.raises(ConfigError, match=said):
+        prepare(config, str(folders[0]), folders[1])
+
+
+def test_a_head_of_the_final_feature_takes_any_layers(eagle3_folders: tuple[Path, Path]) -> None:
+    task = prepare(_config(), str(eagle3_folders[0]), eagle3_folders[1])
+    head = task.new_head()
+    head.attach_target(load_embedding(eagle3_folders[0]), load_output_head(eagle3_folders[0]))
+    batch = batch_maker(task).batch(np.arange(4), 0)
+    assert batch.features_BTLH.shape[2] == 4
+    assert bool(torch.isfinite(head.losses(batch).loss))
 
 
 def test_vocabulary_size_0_takes_all_tokens(folders: tuple[Path, Path]) -> None:

@@ -5,7 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
+)
 
 from core.errors import InputError
 from core.models.tiny import tiny_config
@@ -50,7 +56,38 @@ def test_a_folder_without_safetensors_is_refused(tmp_path: Path) -> None:
 
 
 def test_unknown_names_are_refused_with_those_looked_for(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text("{}")
+    tiny_config(64).save_pretrained(tmp_path)
     save_file({"some.weight": torch.zeros(2)}, tmp_path / "model.safetensors")
-    with pytest.raises(InputError, match=r"no output head found; looked for lm_head\.weight"):
+    with pytest.raises(InputError, match=r"no output head found; looked for lm_head\.weight in"):
         load_output_head(tmp_path)
+    looked = r"looked for model\.embed_tokens\.weight, embed_tokens\.weight in"
+    with pytest.raises(InputError, match=looked):
+        load_embedding(tmp_path)
+
+
+def test_a_config_of_no_language_model_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    save_file({"lm_head.weight": torch.zeros(2)}, tmp_path / "model.safetensors")
+    with pytest.raises(InputError, match="not a causal language model"):
+        load_output_head(tmp_path)
+
+
+def test_a_checkpoint_of_the_bare_body(tmp_path: Path) -> None:
+    """As GPT-2's on the model hub: names without `transformer.`, and no output head."""
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=32, n_embd=16, n_layer=1, n_head=2))
+    model.config.save_pretrained(tmp_path)
+    save_file(dict(model.transformer.state_dict()), tmp_path / "model.safetensors")
+    assert torch.equal(load_embedding(tmp_path), model.transformer.wte.weight)
+    assert torch.equal(load_output_head(tmp_path), model.transformer.wte.weight)
+
+
+def test_a_bias_of_the_output_head_is_refused(tmp_path: Path) -> None:
+    """Draft heads would learn another distribution than the target's."""
+    config = PhiConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+        num_attention_heads=2,
+    )  # fmt: skip
+    PhiForCausalLM(config).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="output head of PhiForCausalLM has a bias"):
+        load_output_head(tmp_path)
+    assert load_embedding(tmp_path).shape == (32, 16)

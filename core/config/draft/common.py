@@ -24,3 +24,6 @@ class DraftConfig(Section):
         "0 means the target's whole vocabulary",
         ge=0,
     )
+    intermediate_size: int = field(
+        0, "width of the head's dense feed-forward; 0 takes the target's (one expert's)", ge=0
+    )
