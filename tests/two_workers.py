@@ -18,7 +18,8 @@ class TwoWorkers:
 
     def __init__(self, folder: Path) -> None:
         context = multiprocessing.get_context("spawn")
-        self._pipes, self._processes = [], []
+        self._pipes: list[Any] = []
+        self._processes: list[Any] = []
         for rank in range(2):
             here, there = context.Pipe()
             process = context.Process(target=_work, args=(rank, folder / "group", there))

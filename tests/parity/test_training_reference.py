@@ -21,7 +21,7 @@ from tests.tiny_features import batch_maker, write_tiny_features
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("tiny")
-    return write_tiny_features(folder, examples=24, layers=(0, 1, 1, 2))
+    return write_tiny_features(folder, examples=24, num_layers=7, layers=(2, 3, 4, 7))
 
 
 def _config(folders: tuple[Path, Path], kind: str, vocab_size: int, **train: Any) -> Config:

@@ -36,10 +36,9 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoWorkers]:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    # Three aux layers, though the target has but two, and the final feature.
-    return write_tiny_features(
-        tmp_path_factory.mktemp("tiny"), examples=40, held_out=12, layers=(0, 1, 1, 2)
-    )
+    # As either head reads them.
+    folder = tmp_path_factory.mktemp("tiny")
+    return write_tiny_features(folder, examples=40, held_out=12, num_layers=7, layers=(2, 3, 4, 7))
 
 
 def _task(folders: tuple[Path, Path], kind: str = "eagle1", **settings: Any) -> DraftTask:
