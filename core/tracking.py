@@ -9,10 +9,12 @@ import time
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from core.config import TrackingConfig
+
+Mode = Literal["online", "offline"]
 
 
 class MetricLog:
@@ -92,10 +94,10 @@ def _start_wandb(
         return None
     import wandb
 
-    mode: str = config.wandb
-    if mode == "auto":
-        mode = "online" if _has_key(wandb.setup().settings.base_url) else "offline"
-    modes = [mode, "offline"] if mode == "online" else [mode]
+    online = config.wandb == "online"
+    if config.wandb == "auto":
+        online = _has_key(wandb.setup().settings.base_url)
+    modes: tuple[Mode, ...] = ("online", "offline") if online else ("offline",)
     for mode in modes:
         try:
             run = _init_wandb(folder, config, run_id, about, mode)
@@ -110,7 +112,7 @@ def _start_wandb(
 
 
 def _init_wandb(
-    folder: Path, config: TrackingConfig, run_id: str, about: Mapping[str, Any], mode: str
+    folder: Path, config: TrackingConfig, run_id: str, about: Mapping[str, Any], mode: Mode
 ) -> Any:
     import wandb
 

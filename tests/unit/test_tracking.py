@@ -79,9 +79,9 @@ def test_without_a_key_wandb_is_offline_and_a_run_goes_on_as_one(tmp_path: Path)
     assert [record["step"] for record in read_metrics(tmp_path)] == [10, 20, 10, 20, 30]
     kept = _offline_runs(tmp_path, "some-run-id")
     assert len(kept) == 2
-    for content, steps in zip(sorted(kept, key=len), (2, 3), strict=True):
+    for content, least in zip(sorted(kept, key=len), (2, 3), strict=True):
         # Protocol buffers, in which texts stand as they are.
-        assert content.count(b"some_loss") >= steps
+        assert content.count(b"some_loss") >= least
         assert b"0123abcd" in content and b"0.25" in content
 
 
