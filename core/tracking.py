@@ -94,12 +94,10 @@ def _start_wandb(
         return None
     import wandb
 
-    mode: Mode
+    online = config.wandb == "online"
     if config.wandb == "auto":
-        mode = "online" if _has_key(wandb.setup().settings.base_url) else "offline"
-    else:
-        mode = config.wandb
-    modes: list[Mode] = [mode, "offline"] if mode == "online" else [mode]
+        online = _has_key(wandb.setup().settings.base_url)
+    modes: tuple[Mode, ...] = ("online", "offline") if online else ("offline",)
     for mode in modes:
         try:
             run = _init_wandb(folder, config, run_id, about, mode)

@@ -27,7 +27,7 @@ from core.runtime.submit import NoJobsAgent, submit
 
 # A Ray on the same machine takes jobs after some seconds, where it can.
 AGENT_PATIENCE = 90.0
-SECTIONS = ("convert", "target", "data", "features", "draft", "train", "decode", "eval")
+SECTIONS = ("convert", "target", "data", "features", "draft", "train", "decode", "eval", "tracking")
 
 
 def chain_resources(config: Config) -> Resources:
