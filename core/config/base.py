@@ -11,7 +11,11 @@ class Section(BaseModel):
     """One section of the configuration."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", protected_namespaces=(), validate_default=True
+        frozen=True,
+        extra="forbid",
+        protected_namespaces=(),
+        validate_default=True,
+        allow_inf_nan=False,
     )
 
 

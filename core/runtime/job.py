@@ -124,7 +124,7 @@ def _absolute(location: str) -> str:
 
 def check_output(config: Config) -> None:
     """An output must be set, and be the same place on every node."""
-    if config.output is None:
+    if not config.output:
         raise ConfigError("output is not set; pass output=<folder>")
     if "://" in config.output:
         raise ConfigError(

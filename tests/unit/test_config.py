@@ -77,6 +77,7 @@ def test_an_override_is_yaml(override: str, section: str, key: str, value: Any) 
         ("draft.vocab=1", "unknown key draft.vocab; did you mean draft.vocab_size?"),
         ("serve.zzz=1", "unknown key serve.zzz; known here: host, port"),
         ("train.lr=-1", "train.lr=-1: input should be greater than 0"),
+        ("train.lr=.inf", "train.lr=inf: input should be a finite number"),
         ("train.lr=nan", "train.lr='nan': input should be"),
         ("train.lr=.nan", "train.lr=nan: input should be"),
         ("train.betas=[0.9, 1.0]", "train.betas=1.0: input should be less than 1"),
