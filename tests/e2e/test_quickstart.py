@@ -80,15 +80,20 @@ def test_finished_stages_are_skipped(one_node: Path) -> None:
 def test_two_raylets_give_the_result_of_one(
     one_node: Path, two_raylets: str, tmp_path: Path
 ) -> None:
-    output = tmp_path / "run"
-    entrypoint = ["python", "-m", "jobs.quickstart", *SMOKE, f"output={output}"]
     ray = Path(sys.executable).with_name("ray")
     command = [str(ray), "job", "submit", "--address", two_raylets, "--working-dir", "."]
-    done = _run([*command, "--", *entrypoint])
-    assert done.returncode == 0, done.stdout + done.stderr
-    for stage in ("features", "draft"):
-        assert json.loads((output / stage / "report.json").read_text())["nodes"] == 2
-    _assert_same_result(one_node, output)
+    # A replica that starts late finds the few shards of this size done by the other.
+    for attempt in range(3):
+        output = tmp_path / f"run-{attempt}"
+        entrypoint = ["python", "-m", "jobs.quickstart", *SMOKE, f"output={output}"]
+        done = _run([*command, "--", *entrypoint])
+        assert done.returncode == 0, done.stdout + done.stderr
+        _assert_same_result(one_node, output)
+        reports = [output / stage / "report.json" for stage in ("features", "draft")]
+        nodes = [json.loads(report.read_text())["nodes"] for report in reports]
+        if nodes == [2, 2]:
+            return
+    pytest.fail(f"in none of three runs did both nodes take part in both stages; last: {nodes}")
 
 
 def test_exit_codes_pass_through_aerie_submit(two_raylets: str, tmp_path: Path) -> None:
