@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,7 @@ class Manifest:
         dtype: torch.dtype = getattr(torch, self.dtype)
         return dtype
 
-    @property
+    @cached_property
     def identity(self) -> str:
         """Hash of what a shard's bytes depend on; every sidecar repeats it."""
         values = {k: v for k, v in asdict(self).items() if k not in ("shards", "store")}

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from core.data import groupwise
 from core.data.feature_manifest import INT8, Manifest, read_manifest
-from core.data.shard_store import ShardStore
+from core.data.shard_store import AGAIN, ShardStore
 from core.errors import InputError, MismatchError, ShapeError
 from core.paths import TEMPORARY, write_atomically
 
@@ -361,7 +361,4 @@ class FeatureDataset:
 
 
 def _damaged(shard: Path, what: str) -> str:
-    return (
-        f"{shard} {what}; run extract_features as before, once with --verify, which marks what is "
-        "damaged, and once without: it computes this shard alone again"
-    )
+    return f"{shard} {what}; {AGAIN}"

@@ -23,6 +23,8 @@ from core.errors import InputError
 EMBEDDING = "embed_tokens.weight"
 # Some files call EAGLE-3's layer `layers.0`, after the module that engines load it into.
 LAYER, MIDLAYER = "layers.0.", "midlayer."
+# One name, and a convention of each engine.
+LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
 EAGLE3_ONLY = "layers.0.hidden_norm.weight"
 # What a config may ask for that Aerie's heads do not do. A head run without it would draft
 # nonsense, and show it by nothing but a low acceptance.

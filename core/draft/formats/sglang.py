@@ -19,6 +19,7 @@ from core.draft.base import DraftHead
 from core.draft.formats.common import ExportedHead, ExportTarget, HeadFormat, ReadHead
 from core.draft.formats.files import TOKEN_MAP, HeadFolder
 from core.draft.formats.public import (
+    LAYER_IDS,
     build,
     check_supported,
     geometry_of,
@@ -27,8 +28,6 @@ from core.draft.formats.public import (
     own_tensors,
     token_map,
 )
-
-LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
 
 
 class SglangFormat(HeadFormat):

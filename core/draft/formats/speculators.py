@@ -14,6 +14,7 @@ from core.draft.base import DraftHead
 from core.draft.formats.common import ExportedHead, ExportTarget, HeadFormat, ReadHead
 from core.draft.formats.files import HeadFolder
 from core.draft.formats.public import (
+    LAYER_IDS,
     build,
     check_supported,
     engine_names,
@@ -22,7 +23,7 @@ from core.draft.formats.public import (
     llama_config,
     without_whole_vocabulary,
 )
-from core.draft.formats.vllm import CHAIN, LAYER_IDS, command
+from core.draft.formats.vllm import CHAIN, command
 from core.errors import InputError
 
 NESTED = "transformer_layer_config"

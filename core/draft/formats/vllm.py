@@ -16,6 +16,7 @@ from core.draft.base import DraftHead
 from core.draft.formats.common import ExportedHead, ExportTarget, HeadFormat, ReadHead
 from core.draft.formats.files import HeadFolder
 from core.draft.formats.public import (
+    LAYER_IDS,
     build,
     check_supported,
     geometry_of,
@@ -26,7 +27,6 @@ from core.draft.formats.public import (
     without_whole_vocabulary,
 )
 
-LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
 CHAIN = (
     "vLLM drafts a chain, no tree: expect the acceptance that evaluate_draft measures with "
     "decode.top_k=1"
