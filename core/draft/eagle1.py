@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from core.config.draft.eagle1 import Eagle1Config
 from core.draft.base import DraftBatch, LossSums, TargetGeometry
 from core.draft.layer import Layer
-from core.draft.recurrent import TOP_N, Chains, RecurrentHead, supervised_positions
+from core.draft.recurrent import TOP_N, Chains, RecurrentHead, starts, supervised_positions
 from core.draft.soft_cross_entropy import soft_cross_entropy
 from core.draft.vocabulary import DraftVocabulary
 from core.models.packed import linear
@@ -33,6 +33,7 @@ class Eagle1Head(RecurrentHead):
     ) -> None:
         super().__init__(config, geometry, vocabulary)
         self.loss_weights = (config.feature_weight, config.token_weight)
+        self.step_weights = [config.step_decay**step for step in range(config.num_ttt_steps)]
         hidden = geometry.hidden_size
         self.fc = nn.Linear(2 * hidden, hidden, bias=config.bias)
         self.layers = nn.ModuleList([Layer(geometry, hidden, qkv_bias=config.qkv_bias)])
@@ -82,14 +83,26 @@ class Eagle1Head(RecurrentHead):
         hits count against the target's argmax over its whole vocabulary; in training mode, to
         save the product with V rows, against the argmax over the draft vocabulary.
         Tokens are packed, and only supervised positions go on behind the keys and values.
+
+        With `num_ttt_steps` above 1, chains go on from what the head predicted itself, as in
+        drafting, and step k counts where position i+k is supervised, with weight `step_decay`^k.
+        The parts of the loss and the hits that are told are of step 0.
         Source: reference `eagle/train/main.py`, weights 1.0 and 0.1; the loss mask is not
-        shifted, and a sequence's last position is never supervised.
+        shifted, and a sequence's last position is never supervised. Further steps: HASS (Zhang et
+        al. 2024), section 3.2.
         """
         supervised_BT = supervised_positions(batch)
-        chains = Chains.of(batch, supervised_BT, supervised_BT)
-        (predicted_MH,) = self.grow(batch, chains, 1)
-        wanted_MH = chains.final_PH[chains.places_M(0)].to(predicted_MH.dtype)
-        return self._loss_sums(predicted_MH, wanted_MH)
+        num_steps = len(self.step_weights)
+        chains = Chains.of(batch, supervised_BT, starts(supervised_BT, num_steps))
+        steps = []
+        for step, state_MH in enumerate(self.grow(batch, chains, num_steps)):
+            rows = chains.counted_M(step).nonzero()[:, 0]
+            wanted_MH = chains.final_SH[chains.targets_M(step)[rows]].to(state_MH.dtype)
+            steps.append(self._loss_sums(state_MH.index_select(0, rows), wanted_MH))
+        weighted = [
+            weight * sums.loss for weight, sums in zip(self.step_weights, steps, strict=True)
+        ]
+        return LossSums(torch.stack(weighted).sum(), steps[0].num_tokens, steps[0].sums)
 
     def _loss_sums(self, predicted_MH: Tensor, wanted_MH: Tensor) -> LossSums:
         rows_WH = self.output_rows().to(predicted_MH.dtype)

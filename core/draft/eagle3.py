@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from core.config.draft.eagle3 import Eagle3Config
 from core.draft.base import DraftBatch, LossSums, TargetGeometry
 from core.draft.layer import Layer
-from core.draft.recurrent import TOP_N, Chains, RecurrentHead, shifted, supervised_positions
+from core.draft.recurrent import TOP_N, Chains, RecurrentHead, starts, supervised_positions
 from core.draft.soft_cross_entropy import Targets, soft_cross_entropy
 from core.draft.vocabulary import DraftVocabulary
 from core.errors import InputError
@@ -118,10 +118,7 @@ class Eagle3Head(RecurrentHead):
         Source: EAGLE-3, section 3.2; reference `eagle/traineagle3/{cnets,main}.py`.
         """
         supervised_BT = supervised_positions(batch)
-        wanted_BT = supervised_BT
-        for step in range(1, len(self.step_weights)):
-            wanted_BT = wanted_BT | shifted(supervised_BT, step)
-        chains = Chains.of(batch, supervised_BT, wanted_BT)
+        chains = Chains.of(batch, supervised_BT, starts(supervised_BT, len(self.step_weights)))
         logits_SW, best_S = self.target_choices(chains.final_SH)
         states, numbers, weights = [], [], []
         for step, state_MH in enumerate(self.grow(batch, chains, len(self.step_weights))):
