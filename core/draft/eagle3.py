@@ -66,6 +66,7 @@ class Eagle3Head(RecurrentHead):
         hidden, eps = geometry.hidden_size, geometry.rms_norm_eps
         self.step_weights = [config.step_decay**step for step in range(config.num_ttt_steps)]
         self.norm_before_residual = config.norm_before_residual
+        self.output_init = config.output_init
         self.fc = nn.Linear(config.num_aux_layers * hidden, hidden, bias=False)
         self.midlayer = MidLayer(geometry, qkv_bias=config.qkv_bias)
         self.norm = nn.RMSNorm(hidden, eps)
@@ -86,6 +87,12 @@ class Eagle3Head(RecurrentHead):
         weight = self.lm_head.weight
         assert isinstance(weight, Tensor)
         self.lm_head = linear(weight.detach(), packed=packed)
+
+    def start_from(self, output_head_VH: Tensor) -> None:
+        """See base class: the draft vocabulary's rows, with `output_init: target`."""
+        if self.output_init == "target":
+            rows_WH = self.vocabulary.rows(output_head_VH)
+            self.lm_head.load_state_dict({"weight": rows_WH})
 
     def first_state(self, features_LH: Tensor) -> Tensor:
         """See base class: the fusion; the final feature is left aside."""
