@@ -122,7 +122,9 @@ class Eagle1Head(RecurrentHead):
         dtype = product_dtype(like)
         if self._kept_rows_WH is None or self._kept_rows_WH.dtype != dtype:
             assert self.output_layer is not None, "attach_target comes first"
-            self._kept_rows_WH = self.output_layer.weight.detach().to(dtype)
+            weight_WH = self.output_layer.weight
+            assert isinstance(weight_WH, Tensor)
+            self._kept_rows_WH = weight_WH.detach().to(dtype)
         return self._kept_rows_WH
 
     @classmethod
