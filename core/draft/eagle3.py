@@ -137,8 +137,9 @@ class Eagle3Head(RecurrentHead):
             weights.append(torch.full((len(rows),), self.step_weights[step], device=rows.device))
         number = torch.cat(numbers)
 
-        def targets(part: slice) -> tuple[Tensor, Tensor]:
-            return logits_SW[number[part]].float().softmax(-1), best_S[number[part]]
+        def targets(part: slice, logits_CW: Tensor) -> Tensor:
+            logits_CW.copy_(logits_SW[number[part]])
+            return best_S[number[part]]
 
         loss, rank = self.lm_head(self.norm(torch.cat(states)), targets, torch.cat(weights))
         first = rank[: len(states[0])]
