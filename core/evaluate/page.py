@@ -18,7 +18,7 @@ from core.evaluate.summary import CHOSEN
 from core.paths import write_atomically
 
 TEMPLATE = Path(__file__).with_name("page.html.jinja")
-TERMINAL_WIDTH = 100
+TERMINAL_WIDTH = 120
 SHOWN_PROMPTS = 6
 
 # Stage, file in its folder, title.
