@@ -326,9 +326,19 @@ class DecodeConfig(Section):
 class EvalConfig(Section):
     """What evaluate_draft measures."""
 
-    prompts: str | None = setting(None, "JSONL of prompts: id, task, messages")
+    prompts: str | tuple[str, ...] | None = setting(
+        None,
+        "prompts, or a list of such files: JSONL of id, task, messages; of question_id, category, "
+        "turns (MT-bench, Spec-Bench); or of plain prompts",
+    )
     max_prompts: int | None = field(
         None, "take at most so many prompts, spread over tasks; null takes all", ge=1
+    )
+    turns: int | None = field(
+        None,
+        "turns asked of a prompt that has several, each on top of the target's own answers; null "
+        "asks all",
+        ge=1,
     )
     max_new_tokens: int = field(64, "tokens generated a prompt", ge=1)
     fixed_total_tokens: tuple[TreeSize, ...] = field(
