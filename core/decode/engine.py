@@ -17,9 +17,10 @@ from torch import Tensor
 
 from core.config import DecodeConfig
 from core.decode.cache import SequenceCache
-from core.decode.sampling import SamplingSettings, draw, target_probs
+from core.decode.sampler import Sampler
+from core.decode.sampling import SamplingSettings
 from core.decode.tree import PLAIN, DraftTree, TreePlan, draft_tree
-from core.decode.verify import Verification, verify_greedy, verify_sampling
+from core.decode.verify import Verification
 from core.draft.base import DraftCache, DraftHead, DraftOutput
 from core.errors import ConfigError, InputError
 from core.models.target import Target
@@ -107,12 +108,13 @@ class SpeculativeDecoder:
         plan = plan or self.plan
         self.check_fits(prompt_ids, max_new_tokens, plan.total_tokens)
         self._reserve_draft_cache(plan)
-        sampler = _Sampler(
+        sampler = Sampler(
             SamplingSettings(
                 self.config.temperature if temperature is None else temperature,
                 self.config.top_p if top_p is None else top_p,
             ),
             seed,
+            prompt_ids,
         )
         stops = stop_token_ids | self.target.eos_token_ids
         left = max_new_tokens
@@ -124,7 +126,7 @@ class SpeculativeDecoder:
                 return
 
     def _rounds(
-        self, prompt_ids: Sequence[int], plan: TreePlan, sampler: _Sampler
+        self, prompt_ids: Sequence[int], plan: TreePlan, sampler: Sampler
     ) -> Iterator[Round]:
         """Rounds without end; each pass is untrimmed."""
         ids_T = torch.tensor(prompt_ids)
@@ -185,7 +187,7 @@ class SpeculativeDecoder:
 
     @torch.inference_mode()
     def _verify(
-        self, tree: DraftTree, sampler: _Sampler, layers: Sequence[int]
+        self, tree: DraftTree, sampler: Sampler, layers: Sequence[int]
     ) -> tuple[Verification, Tensor]:
         """One target pass over the tree; commits the accepted path and gives its features."""
         start = self._cache.length
@@ -227,30 +229,6 @@ class SpeculativeDecoder:
                 f"{self.max_context}; shorten the prompt, lower max_new_tokens, or raise "
                 "decode.max_context (up to the model's own limit)"
             )
-
-
-class _Sampler:
-    """Settings and randomness of one request."""
-
-    def __init__(self, settings: SamplingSettings, seed: int | None) -> None:
-        self.settings = settings
-        self.generator = torch.Generator()
-        if seed is None:
-            self.generator.seed()
-        else:
-            self.generator.manual_seed(seed)
-
-    def first(self, logits_V: Tensor) -> int:
-        """The token after the prompt."""
-        if self.settings.greedy:
-            return int(logits_V.argmax())
-        return draw(target_probs(logits_V.cpu(), self.settings), self.generator)
-
-    def verify(self, tree: DraftTree, logits_NV: Tensor) -> Verification:
-        """Greedy or sampling verification."""
-        if self.settings.greedy:
-            return verify_greedy(tree, logits_NV)
-        return verify_sampling(tree, logits_NV, self.settings, self.generator)
 
 
 def _until_stop(tokens: tuple[int, ...], stops: frozenset[int]) -> int:
