@@ -10,7 +10,7 @@ Shapes: T tokens, N tree nodes, H hidden, V vocabulary, C cached positions, L fe
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -88,6 +88,7 @@ class SpeculativeDecoder:
         max_new_tokens: int,
         temperature: float | None = None,
         top_p: float | None = None,
+        sampling: SamplingSettings | None = None,
         seed: int | None = None,
         stop_token_ids: frozenset[int] = frozenset(),
         plan: TreePlan | None = None,
@@ -97,25 +98,24 @@ class SpeculativeDecoder:
         Args:
             prompt_ids: at least one token.
             max_new_tokens: exact upper limit of generated tokens.
-            temperature: 0 is greedy; None takes the config's; so does `top_p`.
+            temperature: 0 is greedy; None takes that of `sampling`; so does `top_p`.
+            sampling: None takes the config's.
             seed: makes sampling repeatable; None draws one.
             stop_token_ids: besides the target's end tokens. A stop token ends the generation
                 and is the last token given.
             plan: tree of every round; None takes `self.plan`.
         Raises:
-            InputError: an empty prompt, no token to generate, or more than the context holds.
+            InputError: an empty prompt, no token to generate, more than the context holds, or
+                sampling settings that the target's vocabulary does not have.
         """
         plan = plan or self.plan
         self.check_fits(prompt_ids, max_new_tokens, plan.total_tokens)
         self._reserve_draft_cache(plan)
-        sampler = Sampler(
-            SamplingSettings(
-                self.config.temperature if temperature is None else temperature,
-                self.config.top_p if top_p is None else top_p,
-            ),
-            seed,
-            prompt_ids,
-        )
+        settings = sampling or SamplingSettings.of(self.config)
+        given = {"temperature": temperature, "top_p": top_p}
+        settings = replace(settings, **{k: v for k, v in given.items() if v is not None})
+        settings.check_vocabulary(self.target.vocab_size)
+        sampler = Sampler(settings, seed, prompt_ids)
         stops = stop_token_ids | self.target.eos_token_ids
         left = max_new_tokens
         for done in self._rounds(prompt_ids, plan, sampler):
