@@ -302,6 +302,16 @@ class DecodeConfig(Section):
     )
     depth: int = field(5, "expansions after the root's (the tree is one deeper)", ge=0, le=16)
     top_k: int = field(10, "children an expansion, and nodes kept a level", ge=1, le=64)
+    ngram_match: int = field(
+        0,
+        "tokens at the end of the text that must have occurred before, in prompt or output, for "
+        "what followed them to be drafted too, with or without a draft head; 0 copies nothing",
+        ge=0,
+        le=16,
+    )
+    ngram_branches: int = field(
+        3, "matches that are copied a round, depth + 1 tokens each; total_tokens bounds all", ge=1
+    )
     temperature: float = field(0.0, "0 is greedy", ge=0)
     top_p: float = field(1.0, "nucleus of the target's distribution", gt=0, le=1)
     sample_top_k: int = field(0, "likeliest tokens that are sampled from; 0 takes all", ge=0)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from core.config import DecodeConfig
 from core.decode.cache import SequenceCache
+from core.decode.ngram import NgramIndex, merge
 from core.decode.sampler import Sampler
 from core.decode.sampling import SamplingSettings
 from core.decode.tree import PLAIN, DraftTree, TreePlan, draft_tree
@@ -32,7 +33,7 @@ class Round:
 
     Attributes:
         tokens: committed tokens, at least one.
-        drafted: for each, whether the draft head had guessed it.
+        drafted: for each, whether it had been guessed, by the draft head or by copying.
         tree_size: nodes verified; 0 for the prompt's pass (prefill), which drafts nothing.
         ranks: reranking places of the accepted nodes (for the tree policy), uncut.
     """
@@ -75,9 +76,10 @@ class SpeculativeDecoder:
         """A fixed tree size with the configured depth and top-k."""
         if total_tokens == 1:
             return PLAIN
-        if self.head is None:
+        if self.head is None and not self.config.ngram_match:
             raise ConfigError(
-                f"decode.total_tokens={total_tokens} needs a draft head; set draft.path"
+                f"decode.total_tokens={total_tokens} needs a draft head; set draft.path, or "
+                "decode.ngram_match to draft by copying alone"
             )
         return TreePlan(total_tokens, self.config.depth, self.config.top_k)
 
@@ -138,14 +140,22 @@ class SpeculativeDecoder:
         next_ids_T = torch.cat((ids_T[1:], torch.tensor([last_id])))
         # Features of committed tokens that the head has not read, and the tokens after them.
         unread = (features_TLH, next_ids_T)
+        ngrams = None
+        if speculate and self.config.ngram_match:
+            ngrams = NgramIndex((*prompt_ids, last_id), self.config.ngram_match)
         while True:
             tree = DraftTree.root_only(last_id)
-            if speculate:
+            if speculate and self.head is not None:
                 tree = self._draft(unread, last_id, plan)
+            if ngrams is not None:
+                copied = ngrams.continuations(self.config.ngram_branches, plan.depth + 1)
+                tree = merge(tree, copied, plan.total_tokens)
             verification, features_PLH = self._verify(tree, sampler, layers)
             path, bonus_id = verification.path, verification.bonus_id
             tokens = (*(int(tree.token_ids_N[node]) for node in path[1:]), bonus_id)
             unread = (features_PLH, torch.tensor(tokens))
+            if ngrams is not None:
+                ngrams.append(tokens)
             last_id = bonus_id
             drafted = (True,) * (len(tokens) - 1) + (False,)
             yield Round(tokens, drafted, tree.size, tuple(tree.ranks[node] for node in path[1:]))
