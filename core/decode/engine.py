@@ -18,7 +18,7 @@ from torch import Tensor
 from core.config import DecodeConfig
 from core.decode.cache import SequenceCache
 from core.decode.ngram import NgramIndex, merge
-from core.decode.sampler import Sampler
+from core.decode.sampler import Sampler, TokenLogprobs
 from core.decode.sampling import SamplingSettings
 from core.decode.tree import PLAIN, DraftTree, TreePlan, draft_tree
 from core.decode.verify import Verification
@@ -36,12 +36,14 @@ class Round:
         drafted: for each, whether it had been guessed, by the draft head or by copying.
         tree_size: nodes verified; 0 for the prompt's pass (prefill), which drafts nothing.
         ranks: reranking places of the accepted nodes (for the tree policy), uncut.
+        logprobs: one for each token where the request's settings ask for them, else none.
     """
 
     tokens: tuple[int, ...]
     drafted: tuple[bool, ...]
     tree_size: int
     ranks: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 class SpeculativeDecoder:
@@ -114,15 +116,22 @@ class SpeculativeDecoder:
         self.check_fits(prompt_ids, max_new_tokens, plan.total_tokens)
         self._reserve_draft_cache(plan)
         settings = sampling or SamplingSettings.of(self.config)
-        given = {"temperature": temperature, "top_p": top_p}
-        settings = replace(settings, **{k: v for k, v in given.items() if v is not None})
+        if temperature is not None:
+            settings = replace(settings, temperature=temperature)
+        if top_p is not None:
+            settings = replace(settings, top_p=top_p)
         settings.check_vocabulary(self.target.vocab_size)
         sampler = Sampler(settings, seed, prompt_ids)
         stops = stop_token_ids | self.target.eos_token_ids
         left = max_new_tokens
         for done in self._rounds(prompt_ids, plan, sampler):
             kept = _until_stop(done.tokens[:left], stops)
-            yield Round(done.tokens[:kept], done.drafted[:kept], done.tree_size, done.ranks)
+            yield replace(
+                done,
+                tokens=done.tokens[:kept],
+                drafted=done.drafted[:kept],
+                logprobs=done.logprobs[:kept],
+            )
             left -= kept
             if left == 0 or done.tokens[kept - 1] in stops:
                 return
@@ -136,7 +145,7 @@ class SpeculativeDecoder:
         layers = self.feature_layers if speculate else ()
         features_TLH = self.prefill(ids_T, layers)
         last_id = sampler.first(self.target.logits(features_TLH[-1:, -1])[0])
-        yield Round((last_id,), (False,), 0)
+        yield Round((last_id,), (False,), 0, logprobs=tuple(sampler.logprobs))
         next_ids_T = torch.cat((ids_T[1:], torch.tensor([last_id])))
         # Features of committed tokens that the head has not read, and the tokens after them.
         unread = (features_TLH, next_ids_T)
@@ -158,7 +167,9 @@ class SpeculativeDecoder:
                 ngrams.append(tokens)
             last_id = bonus_id
             drafted = (True,) * (len(tokens) - 1) + (False,)
-            yield Round(tokens, drafted, tree.size, tuple(tree.ranks[node] for node in path[1:]))
+            ranks = tuple(tree.ranks[node] for node in path[1:])
+            logprobs = tuple(sampler.logprobs[-len(tokens) :])
+            yield Round(tokens, drafted, tree.size, ranks, logprobs)
 
     def prefill(self, ids_T: Tensor, layers: Sequence[int] = ()) -> Tensor:
         """Start anew: fill the cache with a prompt [T]; returns its features [T, L, H].

@@ -150,6 +150,31 @@ def test_greedy_output_under_penalties_is_hf_generate(
     assert accepted > 10, "too few accepted tokens to show anything"
 
 
+def test_log_probabilities_stand_beside_their_tokens(
+    tiny_target: Target, oracle: OracleHead
+) -> None:
+    """Those of a pass over the whole answer, cut where the answer is."""
+    rounds = list(
+        _decoder(tiny_target, oracle).generate(
+            PROMPTS[0],
+            max_new_tokens=NEW_TOKENS,
+            sampling=SamplingSettings(1.0, logprobs=2),
+            seed=3,
+            plan=TreePlan(40, 5, 10),
+        )
+    )
+    assert any(len(done.tokens) > 1 for done in rounds)
+    found = [one for done in rounds for one in done.logprobs]
+    answer = _tokens(rounds)
+    assert tuple(one.token_id for one in found) == answer
+    text_1T = torch.tensor([[*PROMPTS[0], *answer]])
+    logprobs_TV = tiny_target.model(text_1T).logits[0, len(PROMPTS[0]) - 1 : -1].log_softmax(-1)
+    for one, row_V in zip(found, logprobs_TV, strict=True):
+        best = row_V.topk(2)
+        assert one.logprob == pytest.approx(float(row_V[one.token_id]), abs=1e-3)
+        assert [value for _, value in one.top] == pytest.approx(best.values.tolist(), abs=1e-3)
+
+
 @pytest.mark.parametrize("vocab_size", [259, 64])
 @pytest.mark.parametrize("kind", DRAFT_CONFIGS)
 def test_greedy_output_is_hf_generate_with_a_random_head(
