@@ -10,16 +10,18 @@ Shapes: T tokens, N tree nodes, H hidden, V vocabulary, C cached positions, L fe
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from core.config import DecodeConfig
 from core.decode.cache import SequenceCache
-from core.decode.sampling import SamplingSettings, draw, target_probs
+from core.decode.ngram import NgramIndex, merge
+from core.decode.sampler import Sampler, TokenLogprobs
+from core.decode.sampling import SamplingSettings
 from core.decode.tree import PLAIN, DraftTree, TreePlan, draft_tree
-from core.decode.verify import Verification, verify_greedy, verify_sampling
+from core.decode.verify import Verification
 from core.draft.base import DraftCache, DraftHead, DraftOutput
 from core.errors import ConfigError, InputError
 from core.models.target import Target
@@ -31,15 +33,17 @@ class Round:
 
     Attributes:
         tokens: committed tokens, at least one.
-        drafted: for each, whether the draft head had guessed it.
+        drafted: for each, whether it had been guessed, by the draft head or by copying.
         tree_size: nodes verified; 0 for the prompt's pass (prefill), which drafts nothing.
         ranks: reranking places of the accepted nodes (for the tree policy), uncut.
+        logprobs: one for each token where the request's settings ask for them, else none.
     """
 
     tokens: tuple[int, ...]
     drafted: tuple[bool, ...]
     tree_size: int
     ranks: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 class SpeculativeDecoder:
@@ -74,9 +78,10 @@ class SpeculativeDecoder:
         """A fixed tree size with the configured depth and top-k."""
         if total_tokens == 1:
             return PLAIN
-        if self.head is None:
+        if self.head is None and not self.config.ngram_match:
             raise ConfigError(
-                f"decode.total_tokens={total_tokens} needs a draft head; set draft.path"
+                f"decode.total_tokens={total_tokens} needs a draft head; set draft.path, or "
+                "decode.ngram_match to draft by copying alone"
             )
         return TreePlan(total_tokens, self.config.depth, self.config.top_k)
 
@@ -87,6 +92,7 @@ class SpeculativeDecoder:
         max_new_tokens: int,
         temperature: float | None = None,
         top_p: float | None = None,
+        sampling: SamplingSettings | None = None,
         seed: int | None = None,
         stop_token_ids: frozenset[int] = frozenset(),
         plan: TreePlan | None = None,
@@ -96,35 +102,42 @@ class SpeculativeDecoder:
         Args:
             prompt_ids: at least one token.
             max_new_tokens: exact upper limit of generated tokens.
-            temperature: 0 is greedy; None takes the config's; so does `top_p`.
+            temperature: 0 is greedy; None takes that of `sampling`; so does `top_p`.
+            sampling: None takes the config's.
             seed: makes sampling repeatable; None draws one.
             stop_token_ids: besides the target's end tokens. A stop token ends the generation
                 and is the last token given.
             plan: tree of every round; None takes `self.plan`.
         Raises:
-            InputError: an empty prompt, no token to generate, or more than the context holds.
+            InputError: an empty prompt, no token to generate, more than the context holds, or
+                sampling settings that the target's vocabulary does not have.
         """
         plan = plan or self.plan
         self.check_fits(prompt_ids, max_new_tokens, plan.total_tokens)
         self._reserve_draft_cache(plan)
-        sampler = _Sampler(
-            SamplingSettings(
-                self.config.temperature if temperature is None else temperature,
-                self.config.top_p if top_p is None else top_p,
-            ),
-            seed,
-        )
+        settings = sampling or SamplingSettings.of(self.config)
+        if temperature is not None:
+            settings = replace(settings, temperature=temperature)
+        if top_p is not None:
+            settings = replace(settings, top_p=top_p)
+        settings.check_vocabulary(self.target.vocab_size)
+        sampler = Sampler(settings, seed, prompt_ids)
         stops = stop_token_ids | self.target.eos_token_ids
         left = max_new_tokens
         for done in self._rounds(prompt_ids, plan, sampler):
             kept = _until_stop(done.tokens[:left], stops)
-            yield Round(done.tokens[:kept], done.drafted[:kept], done.tree_size, done.ranks)
+            yield replace(
+                done,
+                tokens=done.tokens[:kept],
+                drafted=done.drafted[:kept],
+                logprobs=done.logprobs[:kept],
+            )
             left -= kept
             if left == 0 or done.tokens[kept - 1] in stops:
                 return
 
     def _rounds(
-        self, prompt_ids: Sequence[int], plan: TreePlan, sampler: _Sampler
+        self, prompt_ids: Sequence[int], plan: TreePlan, sampler: Sampler
     ) -> Iterator[Round]:
         """Rounds without end; each pass is untrimmed."""
         ids_T = torch.tensor(prompt_ids)
@@ -132,21 +145,31 @@ class SpeculativeDecoder:
         layers = self.feature_layers if speculate else ()
         features_TLH = self.prefill(ids_T, layers)
         last_id = sampler.first(self.target.logits(features_TLH[-1:, -1])[0])
-        yield Round((last_id,), (False,), 0)
+        yield Round((last_id,), (False,), 0, logprobs=tuple(sampler.logprobs))
         next_ids_T = torch.cat((ids_T[1:], torch.tensor([last_id])))
         # Features of committed tokens that the head has not read, and the tokens after them.
         unread = (features_TLH, next_ids_T)
+        ngrams = None
+        if speculate and self.config.ngram_match:
+            ngrams = NgramIndex((*prompt_ids, last_id), self.config.ngram_match)
         while True:
             tree = DraftTree.root_only(last_id)
-            if speculate:
+            if speculate and self.head is not None:
                 tree = self._draft(unread, last_id, plan)
+            if ngrams is not None:
+                copied = ngrams.continuations(self.config.ngram_branches, plan.depth + 1)
+                tree = merge(tree, copied, plan.total_tokens)
             verification, features_PLH = self._verify(tree, sampler, layers)
             path, bonus_id = verification.path, verification.bonus_id
             tokens = (*(int(tree.token_ids_N[node]) for node in path[1:]), bonus_id)
             unread = (features_PLH, torch.tensor(tokens))
+            if ngrams is not None:
+                ngrams.append(tokens)
             last_id = bonus_id
             drafted = (True,) * (len(tokens) - 1) + (False,)
-            yield Round(tokens, drafted, tree.size, tuple(tree.ranks[node] for node in path[1:]))
+            ranks = tuple(tree.ranks[node] for node in path[1:])
+            logprobs = tuple(sampler.logprobs[-len(tokens) :])
+            yield Round(tokens, drafted, tree.size, ranks, logprobs)
 
     def prefill(self, ids_T: Tensor, layers: Sequence[int] = ()) -> Tensor:
         """Start anew: fill the cache with a prompt [T]; returns its features [T, L, H].
@@ -185,7 +208,7 @@ class SpeculativeDecoder:
 
     @torch.inference_mode()
     def _verify(
-        self, tree: DraftTree, sampler: _Sampler, layers: Sequence[int]
+        self, tree: DraftTree, sampler: Sampler, layers: Sequence[int]
     ) -> tuple[Verification, Tensor]:
         """One target pass over the tree; commits the accepted path and gives its features."""
         start = self._cache.length
@@ -227,30 +250,6 @@ class SpeculativeDecoder:
                 f"{self.max_context}; shorten the prompt, lower max_new_tokens, or raise "
                 "decode.max_context (up to the model's own limit)"
             )
-
-
-class _Sampler:
-    """Settings and randomness of one request."""
-
-    def __init__(self, settings: SamplingSettings, seed: int | None) -> None:
-        self.settings = settings
-        self.generator = torch.Generator()
-        if seed is None:
-            self.generator.seed()
-        else:
-            self.generator.manual_seed(seed)
-
-    def first(self, logits_V: Tensor) -> int:
-        """The token after the prompt."""
-        if self.settings.greedy:
-            return int(logits_V.argmax())
-        return draw(target_probs(logits_V.cpu(), self.settings), self.generator)
-
-    def verify(self, tree: DraftTree, logits_NV: Tensor) -> Verification:
-        """Greedy or sampling verification."""
-        if self.settings.greedy:
-            return verify_greedy(tree, logits_NV)
-        return verify_sampling(tree, logits_NV, self.settings, self.generator)
 
 
 def _until_stop(tokens: tuple[int, ...], stops: frozenset[int]) -> int:
