@@ -19,12 +19,7 @@ from core import errors
 from core.config import Config, FeaturesConfig, TargetConfig
 from core.data.examples import SPLITS, example_shards, read_examples, read_metadata
 from core.data.feature_manifest import Manifest
-from core.data.feature_shards import (
-    ShardRecord,
-    finished_record,
-    remove_leftovers,
-    store_of,
-)
+from core.data.feature_shards import ShardRecord, finished_record, remove_leftovers
 from core.data.template import tokenizer_hash
 from core.errors import InputError, MismatchError
 from core.models.features import extract_shard, feature_layers, load_for_extraction
@@ -106,7 +101,7 @@ def extract_features(config: Config, folder: RunFolder) -> Mapping[str, Any]:
     manifest = plan_manifest(config, paths["data.examples"], paths["target.path"])
     output = folder.path.absolute()
     manifest.write(output)
-    store_of(manifest).check()
+    manifest.files.check()
     tasks = _unfinished(paths["data.examples"], output, manifest)
     total = sum(len(stems) for stems in manifest.shards.values())
     skipped = total - len(tasks)
