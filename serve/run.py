@@ -47,7 +47,7 @@ def serve(config: Config) -> None:
     """
     config = check(with_converted_target(config))
     ready, stop = threading.Event(), threading.Event()
-    connect(config.cluster)
+    connect(config.cluster, metrics=True)
     try:
         # After connecting, since Ray sets handlers of its own.
         _stop_on_signals(ready, stop)
