@@ -161,10 +161,11 @@ def test_two_workers_keep_the_best_head(
     pair: TwoWorkers, folders: tuple[Path, Path], tmp_path: Path
 ) -> None:
     """The saved head is that of the evaluation with the largest accepted length."""
-    # So large a rate that training makes things worse after a while.
+    # So large a rate that training makes things worse after a while, and not so large that
+    # rounding decides when.
     task = _task(
         folders,
-        lr=0.1,
+        lr=0.03,
         schedule="constant",
         epochs=12,
         ema=0.0,
@@ -175,7 +176,8 @@ def test_two_workers_keep_the_best_head(
     assert figures["head_step"] == same["head_step"]
     evaluations = [r for r in read_metrics(tmp_path) if "held_out_accepted_length" in r]
     best = max(evaluations, key=lambda record: (record["held_out_accepted_length"], record["step"]))
-    assert len({r["held_out_accepted_length"] for r in evaluations}) > 2
+    lengths = [record["held_out_accepted_length"] for record in evaluations]
+    assert lengths.count(max(lengths)) == 1 < len(set(lengths)), "one must be better than the rest"
     assert best["step"] < figures["steps"], "the last is the best, so that nothing is chosen"
     assert figures["head_step"] == best["step"]
     assert read_record(tmp_path / "head")["training"]["head_step"] == best["step"]
