@@ -302,8 +302,37 @@ class DecodeConfig(Section):
     )
     depth: int = field(5, "expansions after the root's (the tree is one deeper)", ge=0, le=16)
     top_k: int = field(10, "children an expansion, and nodes kept a level", ge=1, le=64)
+    ngram_match: int = field(
+        0,
+        "tokens at the end of the text that must have occurred before, in prompt or output, for "
+        "what followed them to be drafted too, with or without a draft head; 0 copies nothing",
+        ge=0,
+        le=16,
+    )
+    ngram_branches: int = field(
+        3, "matches that are copied a round, depth + 1 tokens each; total_tokens bounds all", ge=1
+    )
     temperature: float = field(0.0, "0 is greedy", ge=0)
     top_p: float = field(1.0, "nucleus of the target's distribution", gt=0, le=1)
+    sample_top_k: int = field(0, "likeliest tokens that are sampled from; 0 takes all", ge=0)
+    min_p: float = field(
+        0.0,
+        "least probability that is sampled, as a share of the likeliest token's; 0 takes all",
+        ge=0,
+        le=1,
+    )
+    repetition_penalty: float = field(
+        1.0,
+        "logits of tokens in prompt or output are divided by it where positive, else multiplied; "
+        "1 leaves them",
+        gt=0,
+    )
+    presence_penalty: float = field(
+        0.0, "taken off the logit of each token in the output", ge=-2, le=2
+    )
+    frequency_penalty: float = field(
+        0.0, "taken off as often as the output has the token", ge=-2, le=2
+    )
     max_context: int = field(
         4096, "longest sequence, in tokens: prompt, output and tree together", ge=32
     )

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import closing
+from dataclasses import replace
 from itertools import count
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor
 from core.config import DecodeConfig
 from core.decode.drafting import Drafter, HeadDrafter
 from core.decode.forward import Piece, target_pass
+from core.decode.ngram import NgramIndex, merge
 from core.decode.requests import DecodedSequence, Event, Request, Round
 from core.decode.rows import RowCache, Stretch
 from core.decode.sampling import SamplingSettings
@@ -90,9 +92,10 @@ class SpeculativeDecoder:
         """A fixed tree size with the configured depth and top-k."""
         if total_tokens == 1:
             return PLAIN
-        if self.drafter is None:
+        if self.drafter is None and not self.config.ngram_match:
             raise ConfigError(
-                f"decode.total_tokens={total_tokens} needs a draft head; set draft.path"
+                f"decode.total_tokens={total_tokens} needs a draft head; set draft.path, or "
+                "decode.ngram_match to draft by copying alone"
             )
         return TreePlan(total_tokens, self.config.depth, self.config.top_k)
 
@@ -102,17 +105,25 @@ class SpeculativeDecoder:
         """Queue a request; the number by which events name it.
 
         Raises:
-            InputError: an empty prompt, no token to generate, or more than context or cache hold.
+            InputError: an empty prompt, no token to generate, more than context or cache hold, or
+                sampling settings that the target's vocabulary does not have.
             BusyError: too many wait already.
         """
         plan = request.plan or self.plan
         self.check_fits(request.prompt_ids, request.max_new_tokens, plan.total_tokens)
+        request.settings.check_vocabulary(self.target.vocab_size)
+        speculates = plan.total_tokens > 1
+        ngrams = None
+        if speculates and self.config.ngram_match:
+            ngrams = NgramIndex(request.prompt_ids, self.config.ngram_match)
         sequence = DecodedSequence(
             id=next(self._ids),
             request=request,
             plan=plan,
             stops=request.stop_token_ids | self.target.eos_token_ids,
             num_rows=len(request.prompt_ids) + request.max_new_tokens + _tree_rows(plan),
+            drafted=speculates and self.drafter is not None,
+            ngrams=ngrams,
         )
         self.scheduler.add(sequence)
         return sequence.id
@@ -142,6 +153,7 @@ class SpeculativeDecoder:
         max_new_tokens: int,
         temperature: float | None = None,
         top_p: float | None = None,
+        sampling: SamplingSettings | None = None,
         seed: int | None = None,
         stop_token_ids: frozenset[int] = frozenset(),
         plan: TreePlan | None = None,
@@ -151,17 +163,17 @@ class SpeculativeDecoder:
         Args:
             prompt_ids: at least one token.
             max_new_tokens: exact upper limit of generated tokens.
-            temperature: 0 is greedy; None takes the config's; so does `top_p`.
+            temperature: 0 is greedy; None takes that of `sampling`; so does `top_p`.
+            sampling: None takes the config's.
             seed: makes sampling repeatable; None draws one.
             stop_token_ids: as of `Request`.
             plan: tree of every round; None takes `self.plan`.
         Raises:
             UserError: see `submit`.
         """
-        settings = SamplingSettings(
-            self.config.temperature if temperature is None else temperature,
-            self.config.top_p if top_p is None else top_p,
-        )
+        settings = sampling or SamplingSettings.of(self.config)
+        given = {"temperature": temperature, "top_p": top_p}
+        settings = replace(settings, **{k: v for k, v in given.items() if v is not None})
         request = Request(prompt_ids, max_new_tokens, settings, seed, stop_token_ids, plan)
         with closing(self.stream(request)) as events:
             for event in events:
@@ -217,7 +229,7 @@ class SpeculativeDecoder:
         if not pieces:
             return []
         sequences = [one for one, _ in (*trees, *chunks)]
-        layers = self.feature_layers if any(one.speculates for one in sequences) else ()
+        layers = self.feature_layers if any(one.drafted for one in sequences) else ()
         read = target_pass(self.target, self._cache, pieces, layers, dense=self._dense)
         rounds = self._commit(trees, read[: len(trees)])
         rounds += _advance(chunks, read[len(trees) :])
@@ -229,17 +241,26 @@ class SpeculativeDecoder:
     def _draft(self) -> list[tuple[DecodedSequence, DraftTree]]:
         """A tree for each sequence that decodes."""
         running = self.scheduler.running
-        drafted: dict[int, DraftTree | None] = {}
-        speculating = [sequence for sequence in running if sequence.speculates]
-        if speculating:
-            assert self.drafter is not None, "a plan with drafts needs a drafter"
-            trees = self.drafter.draft(speculating)
-            drafted = {one.id: tree for one, tree in zip(speculating, trees, strict=True)}
+        drafts: dict[int, DraftTree | None] = {}
+        wanting = [sequence for sequence in running if sequence.drafted]
+        if wanting:
+            assert self.drafter is not None
+            trees = self.drafter.draft(wanting)
+            drafts = {one.id: tree for one, tree in zip(wanting, trees, strict=True)}
         return [
-            (sequence, drafted.get(sequence.id) or DraftTree.root_only(sequence.tokens[-1]))
+            (sequence, self._with_copies(sequence, drafts.get(sequence.id)))
             for sequence in running
             if not sequence.prefilling
         ]
+
+    def _with_copies(self, sequence: DecodedSequence, draft: DraftTree | None) -> DraftTree:
+        """A draft, if there is one, and what followed where the text read the same before."""
+        tree = draft or DraftTree.root_only(sequence.tokens[-1])
+        if sequence.ngrams is None:
+            return tree
+        plan = sequence.plan
+        copies = sequence.ngrams.continuations(self.config.ngram_branches, plan.depth + 1)
+        return merge(tree, copies, plan.total_tokens)
 
     def _commit(
         self,
@@ -255,7 +276,7 @@ class SpeculativeDecoder:
             moved = path != torch.arange(len(path))
             sources.append((path + begin)[moved])
             targets.append((torch.arange(len(path)) + begin)[moved])
-            if sequence.speculates:
+            if sequence.drafted:
                 sequence.unread.append(features_NLH[path.to(features_NLH.device)])
             rounds.append((sequence, sequence.commit(tree, verification)))
         if any(len(rows) for rows in sources):
@@ -286,7 +307,7 @@ def _advance(
     rounds = []
     for (sequence, size), (features_NLH, logits_NV) in zip(chunks, read, strict=True):
         sequence.cached += size
-        if sequence.speculates:
+        if sequence.drafted:
             sequence.unread.append(features_NLH)
         if len(logits_NV):
             rounds.append((sequence, sequence.begin(sequence.sampler.first(logits_NV[0]))))

@@ -8,6 +8,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from core.decode.ngram import NgramIndex
 from core.decode.rows import Stretch
 from core.decode.sampler import Sampler
 from core.decode.sampling import SamplingSettings
@@ -81,6 +82,8 @@ class DecodedSequence:
         plan: tree of its rounds.
         stops: tokens that end it.
         num_rows: of the caches, that it may need.
+        drafted: whether a drafter reads its features.
+        ngrams: its text, where what followed before is drafted too.
         tokens: prompt and answer, committed.
         stretch: its rows; None while it waits.
         cached: tokens whose rows the target's cache holds; without the last one, while it decodes.
@@ -93,6 +96,8 @@ class DecodedSequence:
     plan: TreePlan
     stops: frozenset[int]
     num_rows: int
+    drafted: bool = False
+    ngrams: NgramIndex | None = None
     tokens: list[int] = field(init=False)
     sampler: Sampler = field(init=False)
     stretch: Stretch | None = None
@@ -112,11 +117,6 @@ class DecodedSequence:
         return self.stretch.first
 
     @property
-    def speculates(self) -> bool:
-        """Whether it wants drafts."""
-        return self.plan.total_tokens > 1
-
-    @property
     def num_new(self) -> int:
         """Tokens of the answer so far."""
         return len(self.tokens) - len(self.request.prompt_ids)
@@ -128,7 +128,7 @@ class DecodedSequence:
 
     def begin(self, token: int) -> Round:
         """Commit the token after the prompt."""
-        self.tokens.append(token)
+        self._append((token,))
         return Round((token,), (False,), 0)
 
     def commit(self, tree: DraftTree, verification: Verification) -> Round:
@@ -138,11 +138,16 @@ class DecodedSequence:
         tokens = tokens[: self.request.max_new_tokens - self.num_new]
         stop = next((i for i, token in enumerate(tokens) if token in self.stops), len(tokens) - 1)
         tokens = tokens[: stop + 1]
-        self.tokens += tokens
+        self._append(tokens)
         self.cached += len(path)
         drafted = tuple(place < len(path) - 1 for place in range(len(tokens)))
         ranks = tuple(tree.ranks[node] for node in path[1:])
         return Round(tuple(tokens), drafted, tree.size, ranks)
+
+    def _append(self, tokens: Sequence[int]) -> None:
+        self.tokens += tokens
+        if self.ngrams is not None:
+            self.ngrams.append(tokens)
 
     @property
     def ending(self) -> Ending | None:

@@ -40,7 +40,7 @@ class KeptRows:
         prompt = sequence.request.prompt_ids
         pairs = zip(self.tokens, prompt, strict=False)
         same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
-        if sequence.speculates:
+        if sequence.drafted:
             # The head's row of a token was made of the token behind it too.
             same = max(0, min(same - 1, self.read))
         return min(same, len(prompt) - 1)
@@ -147,7 +147,7 @@ class Scheduler:
             shared = source.shared(sequence)
             self._move(source.stretch, stretch, shared)
             sequence.cached = shared
-            sequence.read = shared if sequence.speculates else 0
+            sequence.read = shared if sequence.drafted else 0
         sequence.stretch = stretch
         return True
 

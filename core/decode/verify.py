@@ -5,6 +5,7 @@ Shapes: N tree nodes, V target vocabulary, P nodes of the accepted path.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -49,16 +50,8 @@ def verify_greedy(tree: DraftTree, target_logits_NV: Tensor) -> Verification:
     Guarantee: the tokens of target-only greedy decoding, given equal logits.
     Source: EAGLE-2 (Li et al. 2024), section 4.2.
     """
-    _check_rows(tree, target_logits_NV)
-    best_N = target_logits_NV.argmax(-1).tolist()
-    tokens = tree.token_ids_N.tolist()
-    path = [0]
-    while True:
-        wanted = best_N[path[-1]]
-        match = next((c for c in tree.children[path[-1]] if tokens[c] == wanted), None)
-        if match is None:
-            return Verification(tuple(path), wanted)
-        path.append(match)
+    best_N = _check_rows(tree, target_logits_NV).argmax(-1).tolist()
+    return _follow(tree, lambda node: best_N[node])
 
 
 def verify_sampling(
@@ -67,40 +60,43 @@ def verify_sampling(
     settings: SamplingSettings,
     generator: torch.Generator,
 ) -> Verification:
-    """Accept or reject children in turn so that the output has the target's distribution.
+    """Follow the target's own draws through the draft tree.
 
-    The children of a node are a deterministic choice with a deterministic order, so each
-    proposal is one-hot: accept token x with target_probs[x], else take x out of the
-    distribution, renormalize, and try the next; if all fail, sample from what is left.
+    At each node the target's token is drawn as in plain decoding, and the child that holds it is
+    the next node. Child x is reached with target_probs[x], as often as by SpecInfer's trials
+    (Miao et al. 2023, algorithm 2, with the one-hot proposals that a deterministic tree makes),
+    which accept x with target_probs[x] or take it out of the distribution and go on. But here
+    the tree has no influence on the tokens that come out.
 
     Args:
-        tree: N nodes; must depend on the committed text alone.
-        target_logits_NV: [N, V]; row i scores the token after node i.
-        settings: temperature above 0, top-p.
-        generator: source of randomness, on the CPU.
+        tree: N nodes; may depend on anything but the generator.
+        target_logits_NV: [N, V]; row i scores the token after node i, bias and penalties done.
+        settings: temperature above 0, and what of the distribution is kept.
+        generator: source of randomness, on the CPU; one number a committed token.
     Raises:
         ShapeError: the number of rows is not N.
-    Guarantee: each committed token has the distribution `target_probs` given its prefix.
-    Source: SpecInfer (Miao et al. 2023), algorithm 2, with one-hot proposals.
+    Guarantee: given equal logits, the tokens of target-only sampling with this generator, so each
+        committed token has the distribution `target_probs` given its prefix.
     """
     _check_rows(tree, target_logits_NV)
+    return _follow(
+        tree, lambda node: draw(target_probs(target_logits_NV[node].cpu(), settings), generator)
+    )
+
+
+def _follow(tree: DraftTree, choose: Callable[[int], int]) -> Verification:
+    """Choose the token after the root, go to the child that holds it, and so on."""
     tokens = tree.token_ids_N.tolist()
     path = [0]
     while True:
-        left_V = target_probs(target_logits_NV[path[-1]].cpu(), settings)
-        accepted = None
-        for child in tree.children[path[-1]]:
-            chance, total = float(left_V[tokens[child]]), float(left_V.sum())
-            # `>=`: where this token holds all that is left, rounding must not lose it.
-            if chance >= total or float(torch.rand((), generator=generator)) * total < chance:
-                accepted = child
-                break
-            left_V[tokens[child]] = 0
-        if accepted is None:
-            return Verification(tuple(path), draw(left_V, generator))
-        path.append(accepted)
+        wanted = choose(path[-1])
+        match = next((c for c in tree.children[path[-1]] if tokens[c] == wanted), None)
+        if match is None:
+            return Verification(tuple(path), wanted)
+        path.append(match)
 
 
-def _check_rows(tree: DraftTree, target_logits_NV: Tensor) -> None:
+def _check_rows(tree: DraftTree, target_logits_NV: Tensor) -> Tensor:
     if target_logits_NV.shape[0] != tree.size:
         raise ShapeError(f"{target_logits_NV.shape[0]} rows of logits for {tree.size} tree nodes")
+    return target_logits_NV
