@@ -172,8 +172,10 @@ class SpeculativeDecoder:
             UserError: see `submit`.
         """
         settings = sampling or SamplingSettings.of(self.config)
-        given = {"temperature": temperature, "top_p": top_p}
-        settings = replace(settings, **{k: v for k, v in given.items() if v is not None})
+        if temperature is not None:
+            settings = replace(settings, temperature=temperature)
+        if top_p is not None:
+            settings = replace(settings, top_p=top_p)
         request = Request(prompt_ids, max_new_tokens, settings, seed, stop_token_ids, plan)
         with closing(self.stream(request)) as events:
             for event in events:

@@ -56,7 +56,8 @@ class Penalties:
         known_S = torch.tensor([token in self._counts for token in tokens])
         places = {token: place for place, token in enumerate(tokens)}
         drafted_NS = torch.zeros(size, len(tokens))
-        drafted_NS[range(1, 1 + len(drafted)), [places[token] for token in drafted]] = 1
+        columns = torch.tensor([places[token] for token in drafted], dtype=torch.int64)
+        drafted_NS[torch.arange(1, 1 + len(drafted)), columns] = 1
         counts_NS = (counts_S + tree.sees_NN.float() @ drafted_NS).to(device)
         output_NS = counts_NS > 0
         values_NS = logits_NV[:, ids_S].float() + bias_S.to(device)

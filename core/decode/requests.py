@@ -10,7 +10,7 @@ from torch import Tensor
 
 from core.decode.ngram import NgramIndex
 from core.decode.rows import Stretch
-from core.decode.sampler import Sampler
+from core.decode.sampler import Sampler, TokenLogprobs
 from core.decode.sampling import SamplingSettings
 from core.decode.tree import DraftTree, TreePlan
 from core.decode.verify import Verification
@@ -46,15 +46,17 @@ class Round:
 
     Attributes:
         tokens: committed tokens, at least one.
-        drafted: for each, whether it had been guessed.
+        drafted: for each, whether it had been guessed, by the draft head or by copying.
         tree_size: nodes verified; 0 for the prompt's pass (prefill), which drafts nothing.
         ranks: reranking places of the accepted nodes (for the tree policy), uncut.
+        logprobs: one for each token where the request's settings ask for them, else none.
     """
 
     tokens: tuple[int, ...]
     drafted: tuple[bool, ...]
     tree_size: int
     ranks: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,7 @@ class DecodedSequence:
     def begin(self, token: int) -> Round:
         """Commit the token after the prompt."""
         self._append((token,))
-        return Round((token,), (False,), 0)
+        return Round((token,), (False,), 0, logprobs=tuple(self.sampler.logprobs))
 
     def commit(self, tree: DraftTree, verification: Verification) -> Round:
         """Commit what was accepted, up to the limit or a stop token."""
@@ -142,7 +144,8 @@ class DecodedSequence:
         self.cached += len(path)
         drafted = tuple(place < len(path) - 1 for place in range(len(tokens)))
         ranks = tuple(tree.ranks[node] for node in path[1:])
-        return Round(tuple(tokens), drafted, tree.size, ranks)
+        logprobs = tuple(self.sampler.logprobs[-len(path) :][: len(tokens)])
+        return Round(tuple(tokens), drafted, tree.size, ranks, logprobs)
 
     def _append(self, tokens: Sequence[int]) -> None:
         self.tokens += tokens

@@ -86,12 +86,13 @@ class Sampler:
 def _token_logprobs(tokens: Sequence[int], logits_PV: Tensor, count: int) -> list[TokenLogprobs]:
     """Of each token in its row of the target's logits."""
     logprobs_PV = logits_PV.float().log_softmax(-1)
+    chosen_P1 = torch.tensor(tokens, device=logits_PV.device)[:, None]
     best = logprobs_PV.topk(count, dim=-1)
     return [
         TokenLogprobs(token, logprob, tuple(zip(ids, values, strict=True)))
         for token, logprob, ids, values in zip(
             tokens,
-            logprobs_PV[range(len(tokens)), tokens].tolist(),
+            logprobs_PV.gather(-1, chosen_P1)[:, 0].tolist(),
             best.indices.tolist(),
             best.values.tolist(),
             strict=True,

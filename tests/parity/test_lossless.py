@@ -109,15 +109,20 @@ def test_greedy_output_is_hf_generate_at_every_tree_size(
 def test_greedy_output_is_hf_generate_with_copied_drafts(
     tiny_target: Target, oracle: OracleHead, drafts: bool
 ) -> None:
-    """Merged with a head's tree, and alone; the text repeats itself, so that copies are right."""
+    """Merged with a head's tree, and alone. Of three tokens, the text soon repeats itself."""
+    bias = dict.fromkeys((30, 31, 32), 100.0)
     decoder = _decoder(tiny_target, oracle if drafts else None, ngram_match=2)
     prompt = PROMPTS[2]
-    answer = _hf_greedy(tiny_target, prompt, 8)
-    prompt = [*prompt, *answer, *prompt[1:]]
-    wanted = _hf_greedy(tiny_target, prompt, 40)
+    wanted = _hf_greedy(
+        tiny_target, prompt, 40, sequence_bias={(token,): value for token, value in bias.items()}
+    )
     accepted = 0
     for plan in (TreePlan(2, 1, 2), TreePlan(9, 6, 4), TreePlan(16, 4, 4)):
-        rounds = list(decoder.generate(prompt, max_new_tokens=40, plan=plan))
+        rounds = list(
+            decoder.generate(
+                prompt, max_new_tokens=40, sampling=SamplingSettings(logit_bias=bias), plan=plan
+            )
+        )
         assert _tokens(rounds) == wanted
         assert all(done.tree_size <= plan.total_tokens for done in rounds)
         accepted += sum(len(done.ranks) for done in rounds)
@@ -148,6 +153,31 @@ def test_greedy_output_under_penalties_is_hf_generate(
             assert _tokens(rounds) == wanted
             accepted += sum(len(done.ranks) for done in rounds)
     assert accepted > 10, "too few accepted tokens to show anything"
+
+
+def test_log_probabilities_stand_beside_their_tokens(
+    tiny_target: Target, oracle: OracleHead
+) -> None:
+    """Those of a pass over the whole answer, cut where the answer is."""
+    rounds = list(
+        _decoder(tiny_target, oracle).generate(
+            PROMPTS[0],
+            max_new_tokens=NEW_TOKENS,
+            sampling=SamplingSettings(1.0, logprobs=2),
+            seed=3,
+            plan=TreePlan(40, 5, 10),
+        )
+    )
+    assert any(len(done.tokens) > 1 for done in rounds)
+    found = [one for done in rounds for one in done.logprobs]
+    answer = _tokens(rounds)
+    assert tuple(one.token_id for one in found) == answer
+    text_1T = torch.tensor([[*PROMPTS[0], *answer]])
+    logprobs_TV = tiny_target.model(text_1T).logits[0, len(PROMPTS[0]) - 1 : -1].log_softmax(-1)
+    for one, row_V in zip(found, logprobs_TV, strict=True):
+        best = row_V.topk(2)
+        assert one.logprob == pytest.approx(float(row_V[one.token_id]), abs=1e-3)
+        assert [value for _, value in one.top] == pytest.approx(best.values.tolist(), abs=1e-3)
 
 
 @pytest.mark.parametrize("vocab_size", [259, 64])

