@@ -11,7 +11,7 @@ Shapes: N tokens of a piece, L feature layers, H hidden, V vocabulary.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from itertools import count
@@ -181,14 +181,15 @@ class SpeculativeDecoder:
             for event in events:
                 yield event.round
 
-    def stream(self, request: Request) -> Iterator[Event]:
+    def stream(self, request: Request) -> Generator[Event, None, None]:
         """The events of one request; closing it cancels.
 
         Raises:
             UserError: see `submit`.
         """
         request_id = self.submit(request)
-        mine = self._streams[request_id] = deque()
+        mine: deque[Event] = deque()
+        self._streams[request_id] = mine
         try:
             ended = False
             while not ended:
