@@ -88,7 +88,7 @@ quickstart: install ## the whole path on real conversations, ending in a report
 smoke: install ## the same path on a tiny random model, in seconds
 	$(BIN)/python -m jobs.quickstart --config configs/smoke.yaml $(ARGS)
 
-serve: install ## host the quick start's draft head over HTTP
+serve: install ## host the published draft head over HTTP
 	$(BIN)/python -m serve.run --config configs/serve_smollm2.yaml $(ARGS)
 
 # --- Development ------------------------------------------------------------

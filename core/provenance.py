@@ -197,6 +197,11 @@ def fingerprint(path: Path) -> str:
     return hash_json({str(p.relative_to(path)): _hash_file(p) for p in files})
 
 
+def fingerprint_of(content: bytes) -> str:
+    """What `fingerprint` gives for a small file of this content."""
+    return hashlib.sha256(str(len(content)).encode() + content).hexdigest()
+
+
 def _hidden(path: Path, root: Path) -> bool:
     return any(part.startswith(".") for part in path.relative_to(root).parts)
 

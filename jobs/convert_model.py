@@ -9,17 +9,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from core.runtime import job
-from core.runtime.conversion import conversion_inputs, convert_model
+from core.runtime import conversion, job
 
-JOB = job.Job(
-    name="convert_model",
-    summary="Turn a GGUF file into an HF folder (<output>/model) that the other jobs read.",
-    sections=("convert",),
-    inputs=conversion_inputs,
-    run=convert_model,
-    uses_ray=False,
-)
+JOB = conversion.JOB
 
 
 def main(argv: Sequence[str] | None = None) -> int:

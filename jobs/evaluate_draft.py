@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from core.evaluate.page import print_table
 from core.runtime import job
 from core.runtime.evaluation import evaluate_draft, evaluation_inputs, evaluation_resources
 
@@ -20,6 +21,7 @@ JOB = job.Job(
     inputs=evaluation_inputs,
     run=evaluate_draft,
     resources=evaluation_resources,
+    show=print_table,
 )
 
 

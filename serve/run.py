@@ -21,14 +21,15 @@ from core.config import Config, describe, load_config
 from core.draft.folder import load_head
 from core.errors import InputError, ResourceError, UserError
 from core.models.target import target_fingerprint, target_folder, target_location
-from core.paths import resolve_path
+from core.paths import PACKAGE_SCHEME, resolve_path
 from core.progress import say
 from core.runtime.connect import connect, on_cluster
+from core.runtime.conversion import with_converted_target
 from core.runtime.job import guarded
 from serve.app import build_app
 
 NAME = "serve"
-SECTIONS = ("target", "draft", "decode", "serve", "cluster")
+SECTIONS = ("convert", "target", "draft", "decode", "serve", "cluster")
 APPLICATION = "aerie"
 
 
@@ -44,9 +45,9 @@ def serve(config: Config) -> None:
     Raises:
         UserError: a missing or mismatched model, too few CPUs, or a port that is taken.
     """
-    config = check(config)
+    config = check(with_converted_target(config))
     ready, stop = threading.Event(), threading.Event()
-    connect(config.cluster)
+    connect(config.cluster, metrics=True)
     try:
         # After connecting, since Ray sets handlers of its own.
         _stop_on_signals(ready, stop)
@@ -96,8 +97,8 @@ def check(config: Config) -> Config:
         head = config.draft.path and resolve_path(config.draft.path, field="draft.path")
     except UserError as error:
         raise InputError(
-            f"{error}\n  `make quickstart` makes a target and a draft head in runs/quickstart; "
-            "run it first, or set target.path and draft.path"
+            f"{error}\n  set target.path and draft.path to what is there; "
+            "configs/serve_smollm2.yaml needs nothing but itself"
         ) from error
     location = target_location(str(config.target.path))
     if not head:
@@ -108,7 +109,11 @@ def check(config: Config) -> Config:
         target_fingerprint=target_fingerprint(target),
         target_config=AutoConfig.from_pretrained(target),
     )
-    return config.replace(target={"path": location}, draft={"path": str(head.absolute())})
+    # An address in a package is looked up by each node, a path here has to be the full one.
+    path = str(config.draft.path)
+    if not path.startswith(PACKAGE_SCHEME):
+        path = str(head.absolute())
+    return config.replace(target={"path": location}, draft={"path": path})
 
 
 def check_machine(config: Config) -> None:

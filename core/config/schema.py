@@ -7,23 +7,9 @@ from typing import Any
 
 from pydantic import field_validator
 
+from core.config import sections
 from core.config.base import Section, setting
 from core.config.draft import DEFAULT_DRAFT_KIND, DRAFT_CONFIGS, AnyDraftConfig
-from core.config.sections import (
-    BenchmarkConfig,
-    ClusterConfig,
-    ConvertConfig,
-    DataConfig,
-    DecodeConfig,
-    EvalConfig,
-    ExportConfig,
-    FeaturesConfig,
-    GenerateConfig,
-    ServeConfig,
-    TargetConfig,
-    TrackingConfig,
-    TrainConfig,
-)
 
 
 class Config(Section):
@@ -31,20 +17,20 @@ class Config(Section):
 
     output: str | None = setting(None, "folder of this run; absolute on a cluster")
     overwrite: bool = setting(False, "replace another run's results in the output folder")
-    convert: ConvertConfig = ConvertConfig()
-    target: TargetConfig = TargetConfig()
-    data: DataConfig = DataConfig()
-    generate: GenerateConfig = GenerateConfig()
-    features: FeaturesConfig = FeaturesConfig()
+    convert: sections.ConvertConfig = sections.ConvertConfig()
+    target: sections.TargetConfig = sections.TargetConfig()
+    data: sections.DataConfig = sections.DataConfig()
+    generate: sections.GenerateConfig = sections.GenerateConfig()
+    features: sections.FeaturesConfig = sections.FeaturesConfig()
     draft: AnyDraftConfig = DRAFT_CONFIGS[DEFAULT_DRAFT_KIND].model_validate({})
-    train: TrainConfig = TrainConfig()
-    decode: DecodeConfig = DecodeConfig()
-    eval: EvalConfig = EvalConfig()
-    export: ExportConfig = ExportConfig()
-    benchmark: BenchmarkConfig = BenchmarkConfig()
-    serve: ServeConfig = ServeConfig()
-    tracking: TrackingConfig = TrackingConfig()
-    cluster: ClusterConfig = ClusterConfig()
+    train: sections.TrainConfig = sections.TrainConfig()
+    decode: sections.DecodeConfig = sections.DecodeConfig()
+    eval: sections.EvalConfig = sections.EvalConfig()
+    export: sections.ExportConfig = sections.ExportConfig()
+    benchmark: sections.BenchmarkConfig = sections.BenchmarkConfig()
+    serve: sections.ServeConfig = sections.ServeConfig()
+    tracking: sections.TrackingConfig = sections.TrackingConfig()
+    cluster: sections.ClusterConfig = sections.ClusterConfig()
 
     @field_validator("draft", mode="before")
     @classmethod

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from core.data import groupwise
+from core.data.shard_store import ShardStore
 from core.errors import InputError
 from core.paths import write_atomically
 
@@ -83,6 +84,11 @@ class Manifest:
         """Hash of what a shard's bytes depend on; every sidecar repeats it."""
         values = {k: v for k, v in asdict(self).items() if k not in ("shards", "store")}
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+    @cached_property
+    def files(self) -> ShardStore:
+        """The shards' tensor files; one store for all of them, so that it is opened once."""
+        return ShardStore(self.store, self.identity)
 
     def write(self, folder: Path) -> None:
         """Write `manifest.json`."""

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from core.data import groupwise
 from core.data.feature_manifest import INT8, Manifest, read_manifest
-from core.data.shard_store import AGAIN, ShardStore
+from core.data.shard_store import AGAIN
 from core.errors import InputError, MismatchError, ShapeError
 from core.paths import TEMPORARY, write_atomically
 
@@ -59,11 +59,6 @@ class ShardRecord:
     examples: int
     tokens: int
     padded_tokens: int
-
-
-def store_of(manifest: Manifest) -> ShardStore:
-    """Where the manifest's tensor files are."""
-    return ShardStore(manifest.store, manifest.identity)
 
 
 def sidecar(shard: Path) -> Path:
@@ -123,7 +118,7 @@ def write_feature_shard(
         "offsets": offsets.to(torch.int64),
     }
     content = save(tensors)
-    store_of(manifest).put(shard, content)
+    manifest.files.put(shard, content)
     record = ShardRecord(
         manifest=manifest.identity,
         checksum=hashlib.sha256(content).hexdigest(),
@@ -182,7 +177,7 @@ def finished_record(shard: Path, manifest: Manifest) -> ShardRecord | None:
         return None
     if record.manifest != manifest.identity:
         return None
-    return record if record.bytes == store_of(manifest).size(shard) else None
+    return record if record.bytes == manifest.files.size(shard) else None
 
 
 def verify_shard(shard: Path, manifest: Manifest) -> ShardRecord:
@@ -192,7 +187,7 @@ def verify_shard(shard: Path, manifest: Manifest) -> ShardRecord:
         InputError: it is unfinished or damaged; the message says what to do.
     """
     record = finished_record(shard, manifest)
-    if record is None or store_of(manifest).checksum(shard) != record.checksum:
+    if record is None or manifest.files.checksum(shard) != record.checksum:
         raise InputError(_damaged(shard, "is missing, damaged or unfinished"))
     return record
 
@@ -353,7 +348,7 @@ class FeatureDataset:
     def _open_shard(self, number: int) -> Any:
         shard = self._shards[number]
         # On another node than the one that opened the dataset it may have to be fetched.
-        file = store_of(self.manifest).local_file(shard, self._records[number].checksum)
+        file = self.manifest.files.local_file(shard, self._records[number].checksum)
         try:
             return safe_open(file, framework="pt")
         except (SafetensorError, OSError) as error:

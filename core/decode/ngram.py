@@ -110,7 +110,7 @@ def merge(tree: DraftTree, continuations: Sequence[Path], total_tokens: int) -> 
     tokens = tree.token_ids_N.tolist()
     for node in range(1, tree.size):
         paths.append((*paths[tree.parents[node]], tokens[node]))
-    drafted = sorted(range(1, tree.size), key=tree.ranks.__getitem__)
+    drafted = sorted(range(1, tree.size), key=lambda node: tree.ranks[node])
     queues = [
         (paths[node] for node in drafted),
         (path[:depth] for path in continuations for depth in range(1, len(path) + 1)),

@@ -161,6 +161,12 @@ class DraftHead(nn.Module, ABC):
     def attach_target(self, embedding_VH: Tensor, output_head_VH: Tensor) -> None:
         """Give the head the target's frozen embedding and output head, [V, H] each."""
 
+    def start_from(self, output_head_VH: Tensor) -> None:
+        """Before training's first step: take over what the target's output head [V, H] knows.
+
+        Heads that read the target's own output head have nothing to take.
+        """
+
     def feature_layers(self, num_layers: int) -> tuple[int, ...]:
         """What `extend` wants of a target of so many layers, as in a feature manifest.
 

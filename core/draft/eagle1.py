@@ -19,8 +19,8 @@ from torch.nn import functional as F
 from core.config.draft.eagle1 import Eagle1Config
 from core.draft.base import DraftBatch, LossSums, TargetGeometry
 from core.draft.layer import Layer
-from core.draft.recurrent import TOP_N, Chains, RecurrentHead, supervised_positions
-from core.draft.soft_cross_entropy import soft_cross_entropy
+from core.draft.recurrent import TOP_N, Chains, RecurrentHead, starts, supervised_positions
+from core.draft.soft_cross_entropy import product_dtype, soft_cross_entropy
 from core.draft.vocabulary import DraftVocabulary
 from core.models.packed import linear
 
@@ -33,10 +33,12 @@ class Eagle1Head(RecurrentHead):
     ) -> None:
         super().__init__(config, geometry, vocabulary)
         self.loss_weights = (config.feature_weight, config.token_weight)
+        self.step_weights = [config.step_decay**step for step in range(config.num_ttt_steps)]
         hidden = geometry.hidden_size
         self.fc = nn.Linear(2 * hidden, hidden, bias=config.bias)
         self.layers = nn.ModuleList([Layer(geometry, hidden, qkv_bias=config.qkv_bias)])
         self.output_layer: nn.Module | None = None
+        self._kept_rows_WH: Tensor | None = None
 
     @property
     def layer(self) -> Layer:
@@ -59,6 +61,7 @@ class Eagle1Head(RecurrentHead):
         rows_WH = self.output_rows().contiguous()
         # Outside the module's registry: neither a parameter nor part of the state dict.
         object.__setattr__(self, "output_layer", linear(rows_WH, packed=packed))
+        self._kept_rows_WH = None
 
     def first_state(self, features_LH: Tensor) -> Tensor:
         """See base class: the final feature itself."""
@@ -82,26 +85,38 @@ class Eagle1Head(RecurrentHead):
         hits count against the target's argmax over its whole vocabulary; in training mode, to
         save the product with V rows, against the argmax over the draft vocabulary.
         Tokens are packed, and only supervised positions go on behind the keys and values.
+
+        With `num_ttt_steps` above 1, chains go on from what the head predicted itself, as in
+        drafting, and step k counts where position i+k is supervised, with weight `step_decay`^k.
+        The parts of the loss and the hits that are told are of step 0.
         Source: reference `eagle/train/main.py`, weights 1.0 and 0.1; the loss mask is not
-        shifted, and a sequence's last position is never supervised.
+        shifted, and a sequence's last position is never supervised. Further steps: HASS (Zhang et
+        al. 2024), section 3.2.
         """
         supervised_BT = supervised_positions(batch)
-        chains = Chains.of(batch, supervised_BT, supervised_BT)
-        (predicted_MH,) = self.grow(batch, chains, 1)
-        wanted_MH = chains.final_PH[chains.places_M(0)].to(predicted_MH.dtype)
-        return self._loss_sums(predicted_MH, wanted_MH)
+        num_steps = len(self.step_weights)
+        chains = Chains.of(batch, supervised_BT, starts(supervised_BT, num_steps))
+        steps = []
+        for step, state_MH in enumerate(self.grow(batch, chains, num_steps)):
+            rows = chains.counted_M(step).nonzero()[:, 0]
+            wanted_MH = chains.final_SH[chains.targets_M(step)[rows]].to(state_MH.dtype)
+            steps.append(self._loss_sums(state_MH.index_select(0, rows), wanted_MH))
+        weighted = [
+            weight * sums.loss for weight, sums in zip(self.step_weights, steps, strict=True)
+        ]
+        return LossSums(torch.stack(weighted).sum(), steps[0].num_tokens, steps[0].sums)
 
     def _loss_sums(self, predicted_MH: Tensor, wanted_MH: Tensor) -> LossSums:
-        rows_WH = self.output_rows().to(predicted_MH.dtype)
+        rows_WH = self._loss_rows(predicted_MH)
         count_all = not (self.training or self.vocabulary.is_whole)
 
-        def targets(part: slice) -> tuple[Tensor, Tensor]:
+        def targets(part: slice, logits_CW: Tensor) -> Tensor | None:
             if count_all:
-                logits_CW, best_C = self.target_choices(wanted_MH[part])
-            else:
-                logits_CW = wanted_MH[part] @ rows_WH.T
-                best_C = logits_CW.argmax(-1)
-            return logits_CW.float().softmax(-1), best_C
+                found_CW, best_C = self.target_choices(wanted_MH[part])
+                logits_CW.copy_(found_CW)
+                return best_C
+            torch.mm(wanted_MH[part].to(rows_WH.dtype), rows_WH.T, out=logits_CW)
+            return None
 
         feature_loss = F.smooth_l1_loss(predicted_MH.float(), wanted_MH.float(), reduction="none")
         feature_loss = feature_loss.mean(-1).sum()
@@ -114,6 +129,16 @@ class Eagle1Head(RecurrentHead):
             **{f"top{n}": (rank_M < n).sum() for n in TOP_N},
         }
         return LossSums(loss, torch.tensor(len(predicted_MH)), sums)
+
+    def _loss_rows(self, like: Tensor) -> Tensor:
+        """The draft vocabulary's rows as the loss multiplies with them, kept between steps."""
+        dtype = product_dtype(like)
+        if self._kept_rows_WH is None or self._kept_rows_WH.dtype != dtype:
+            assert self.output_layer is not None, "attach_target comes first"
+            weight_WH = self.output_layer.weight
+            assert isinstance(weight_WH, Tensor)
+            self._kept_rows_WH = weight_WH.detach().to(dtype)
+        return self._kept_rows_WH
 
     @classmethod
     def settings_of(

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from core.config.draft.eagle3 import Eagle3Config
 from core.draft.base import DraftBatch, LossSums, TargetGeometry
 from core.draft.layer import Layer
-from core.draft.recurrent import TOP_N, Chains, RecurrentHead, shifted, supervised_positions
+from core.draft.recurrent import TOP_N, Chains, RecurrentHead, starts, supervised_positions
 from core.draft.soft_cross_entropy import Targets, soft_cross_entropy
 from core.draft.vocabulary import DraftVocabulary
 from core.errors import InputError
@@ -66,6 +66,7 @@ class Eagle3Head(RecurrentHead):
         hidden, eps = geometry.hidden_size, geometry.rms_norm_eps
         self.step_weights = [config.step_decay**step for step in range(config.num_ttt_steps)]
         self.norm_before_residual = config.norm_before_residual
+        self.output_init = config.output_init
         self.fc = nn.Linear(config.num_aux_layers * hidden, hidden, bias=False)
         self.midlayer = MidLayer(geometry, qkv_bias=config.qkv_bias)
         self.norm = nn.RMSNorm(hidden, eps)
@@ -86,6 +87,12 @@ class Eagle3Head(RecurrentHead):
         weight = self.lm_head.weight
         assert isinstance(weight, Tensor)
         self.lm_head = linear(weight.detach(), packed=packed)
+
+    def start_from(self, output_head_VH: Tensor) -> None:
+        """See base class: the draft vocabulary's rows, with `output_init: target`."""
+        if self.output_init == "target":
+            rows_WH = self.vocabulary.rows(output_head_VH)
+            self.lm_head.load_state_dict({"weight": rows_WH})
 
     def first_state(self, features_LH: Tensor) -> Tensor:
         """See base class: the fusion; the final feature is left aside."""
@@ -118,10 +125,7 @@ class Eagle3Head(RecurrentHead):
         Source: EAGLE-3, section 3.2; reference `eagle/traineagle3/{cnets,main}.py`.
         """
         supervised_BT = supervised_positions(batch)
-        wanted_BT = supervised_BT
-        for step in range(1, len(self.step_weights)):
-            wanted_BT = wanted_BT | shifted(supervised_BT, step)
-        chains = Chains.of(batch, supervised_BT, wanted_BT)
+        chains = Chains.of(batch, supervised_BT, starts(supervised_BT, len(self.step_weights)))
         logits_SW, best_S = self.target_choices(chains.final_SH)
         states, numbers, weights = [], [], []
         for step, state_MH in enumerate(self.grow(batch, chains, len(self.step_weights))):
@@ -133,8 +137,9 @@ class Eagle3Head(RecurrentHead):
             weights.append(torch.full((len(rows),), self.step_weights[step], device=rows.device))
         number = torch.cat(numbers)
 
-        def targets(part: slice) -> tuple[Tensor, Tensor]:
-            return logits_SW[number[part]].float().softmax(-1), best_S[number[part]]
+        def targets(part: slice, logits_CW: Tensor) -> Tensor:
+            logits_CW.copy_(logits_SW[number[part]])
+            return best_S[number[part]]
 
         loss, rank = self.lm_head(self.norm(torch.cat(states)), targets, torch.cat(weights))
         first = rank[: len(states[0])]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,16 @@ import torch
 from safetensors.torch import save_file
 
 from core.draft.base import DraftHead
-from core.draft.formats import ExportedHead, ExportTarget, read_head, writer
+from core.draft.folder import save_head
+from core.draft.formats import ExportedHead, ExportTarget, ReadHead, read_head, writer
+from core.draft.formats.aerie import AerieFormat
 from core.draft.formats.files import CONFIG, PICKLED, SAFETENSORS, TOKEN_MAP
 from core.errors import ConfigError, StageError
 from core.paths import naming_a_full_disk
+
+# Aerie's own format, which no engine reads and `export_draft` writes all the same.
+OWN = AerieFormat.name
+OWN_RUN = "python -m serve.run target.path=<its target> draft.path=<head>"
 
 
 def export_head(
@@ -47,17 +54,58 @@ def export_head(
     _check_same(head, read_head(aside).head, format_name)
     shutil.rmtree(folder, ignore_errors=True)
     aside.rename(folder)
+    return _report(
+        folder,
+        format_name,
+        head,
+        tensors=len(exported.tensors),
+        run_with=exported.run_with,
+        differences=exported.differences,
+    )
+
+
+def export_own(folder: Path, found: ReadHead, target: ExportTarget, dtype: str) -> dict[str, Any]:
+    """Write a head as `train_draft` does, in another dtype or out of another engine's layout.
+
+    Args:
+        folder: replaced if it exists.
+        found: the head; what is recorded of it is kept.
+        target: that it drafts for.
+        dtype: of the weights; `same` keeps the head's.
+    Returns:
+        What was written, for the report.
+    """
+    head = found.head
+    if dtype != "same":
+        _convert(head, getattr(torch, dtype))
+    layers = list(head.feature_layers(target.num_layers))
+    record = {"target_fingerprint": target.fingerprint, "feature_layers": layers, **found.record}
+    with naming_a_full_disk(folder):
+        save_head(folder, head, record)
+    _check_same(head, read_head(folder).head, OWN)
+    return _report(folder, OWN, head, tensors=len(head.eagle_tensors()), run_with=OWN_RUN)
+
+
+def _report(
+    folder: Path,
+    format_name: str,
+    head: DraftHead,
+    *,
+    tensors: int,
+    run_with: str,
+    differences: Sequence[str] = (),
+) -> dict[str, Any]:
     return {
         "format": format_name,
         "kind": head.config.kind,
         "head": str(folder),
         "files": {file.name: file.stat().st_size for file in sorted(folder.iterdir())},
-        "tensors": len(exported.tensors),
+        "tensors": tensors,
         "dtype": str(next(head.parameters()).dtype).removeprefix("torch."),
         "draft_vocab_size": head.vocabulary.size,
         "target_vocab_size": head.vocabulary.target_size,
-        "differences": list(exported.differences),
-        "run_with": exported.run_with.replace("<head>", str(folder)),
+        "differences": list(differences),
+        "run_with": run_with.replace("<head>", str(folder)),
     }
 
 

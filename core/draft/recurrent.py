@@ -109,6 +109,14 @@ def shifted(x_BT: Tensor, step: int) -> Tensor:
     return F.pad(x_BT[:, step:], (0, min(step, x_BT.shape[1])), value=False)
 
 
+def starts(supervised_BT: Tensor, num_steps: int) -> Tensor:
+    """bool [B, T-1]: positions from which a chain of so many steps comes to a supervised one."""
+    wanted_BT = supervised_BT
+    for step in range(1, num_steps):
+        wanted_BT = wanted_BT | shifted(supervised_BT, step)
+    return wanted_BT
+
+
 class RecurrentHead(DraftHead):
     """A head of one decoder layer; algorithms say what it reads and how it guesses."""
 

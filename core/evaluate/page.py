@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,46 +13,60 @@ import jinja2
 from rich.console import Console
 from rich.table import Table
 
-from core.evaluate.speculation import BASELINE
+from core.evaluate.speculation import BASELINE, HF_GENERATE
 from core.evaluate.summary import CHOSEN
 from core.paths import write_atomically
 
 TEMPLATE = Path(__file__).with_name("page.html.jinja")
-TERMINAL_WIDTH = 100
+TERMINAL_WIDTH = 120
 SHOWN_PROMPTS = 6
 
+# Stage, file in its folder, title.
 PLOTS = (
-    ("draft/loss.png", "Training loss"),
-    ("draft/accuracy.png", "How often the target's choice is among the head's first n"),
-    ("evaluation/acceptance_by_depth.png", "Acceptance by depth"),
-    ("evaluation/speedup_by_task.png", "Speedup by task"),
+    ("train_draft", "loss.png", "Training loss"),
+    (
+        "train_draft",
+        "accuracy.png",
+        "How often the target's choice is among the head's first n",
+    ),
+    ("train_draft", "accepted_length.png", "Held-out accepted length over training"),
+    ("evaluate_draft", "acceptance_by_depth.png", "Acceptance by depth"),
+    ("evaluate_draft", "speedup_by_task.png", "Speedup by task"),
 )
 
 
 def write_page(
-    folder: Path, reports: Mapping[str, Mapping[str, Any]], samples: list[dict[str, Any]]
+    path: Path,
+    folders: Mapping[str, Path],
+    reports: Mapping[str, Mapping[str, Any]],
+    samples: list[dict[str, Any]],
 ) -> Path:
-    """Write `report.html` with the plots inside it, so that the file alone can be passed on.
+    """Write a page with the plots inside it, so that the file alone can be passed on.
 
     Args:
-        folder: the quick start's output; plots are looked up below it.
-        reports: stage → report.
+        path: the page.
+        folders: stage → where its plots are looked up; not every run makes every plot.
+        reports: stage → report, that of `evaluate_draft` among them.
         samples: lines of `outputs.jsonl` to show.
     """
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    evaluation = reports["evaluate_draft"]
+    by_task = task_rows(evaluation)
     plots = [
-        {"title": title, "data": base64.b64encode((folder / name).read_bytes()).decode()}
-        for name, title in PLOTS
+        {"title": title, "data": base64.b64encode((folders[stage] / name).read_bytes()).decode()}
+        for stage, name, title in PLOTS
+        if stage in folders and (folders[stage] / name).exists()
     ]
     page = environment.from_string(TEMPLATE.read_text()).render(
-        evaluation=reports["evaluate_draft"],
-        ways=way_rows(reports["evaluate_draft"]),
-        lossless=lossless(reports["evaluate_draft"]),
+        evaluation=evaluation,
+        ways=way_rows(evaluation),
+        by_task=by_task,
+        depths=depths_shown(by_task),
+        lossless=lossless(evaluation),
         reports=reports,
         plots=plots,
         samples=samples,
     )
-    path = folder / "report.html"
     write_atomically(path, page.encode())
     return path
 
@@ -65,17 +79,34 @@ def read_samples(evaluation: Path) -> list[dict[str, Any]]:
 
 def way_rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
     """A row for each way of decoding: name, nodes, prompts, τ, tokens/s, speedup."""
+    ways = report["overall"]["ways"].items()
+    return [{"name": _name(report, way), **row} for way, row in ways]
+
+
+def task_rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Such a row for each task and way; the baseline is 1 in all of them by definition."""
+    return [
+        {"task": task, "name": _name(report, way), **row}
+        for task, figures in {**report["tasks"], "overall": report["overall"]}.items()
+        for way, row in figures["ways"].items()
+        if way != BASELINE
+    ]
+
+
+def _name(report: Mapping[str, Any], way: str) -> str:
     names = {
         BASELINE: "autoregressive (baseline)",
         CHOSEN: f"chosen tree, {report['chosen']['total_tokens']} nodes",
-        "hf_generate": "HF generate",
+        HF_GENERATE: "HF generate",
     }
-    rows = []
-    for way, row in report["overall"]["ways"].items():
-        kind, _, size = way.rpartition("_")
-        fallback = f"{'tree of' if kind == 'tree' else 'untrained head,'} {size} nodes"
-        rows.append({"name": names.get(way, fallback), **row})
-    return rows
+    kind, _, size = way.rpartition("_")
+    fallback = f"{'tree of' if kind == 'tree' else 'untrained head,'} {size} nodes"
+    return names.get(way, fallback)
+
+
+def depths_shown(rows: Sequence[Mapping[str, Any]]) -> int:
+    """Columns that acceptance by depth takes."""
+    return max((len(row["acceptance_by_depth"]) for row in rows), default=0)
 
 
 def lossless(report: Mapping[str, Any]) -> str:
@@ -98,23 +129,20 @@ def losses(report: Mapping[str, Any]) -> int:
 def print_table(report: Mapping[str, Any]) -> None:
     """The evaluation's result on standard output."""
     overall = report["overall"]
-    table = Table(title=f"Evaluation on {overall['prompts']} held-out prompts, {report['device']}")
+    table = Table(title=f"Evaluation on {overall['prompts']} prompts, {report['device']}")
     for heading in ("way", "prompts", "τ", "tokens/s", "speedup"):
         table.add_column(heading, justify="left" if heading == "way" else "right")
     for row in way_rows(report):
-        tau = "–" if row["accepted_length"] is None else f"{row['accepted_length']:.2f}"
         table.add_row(
             row["name"],
             str(row["prompts"]),
-            tau,
+            _tau(row),
             f"{row['tokens_per_second']:.1f}",
             f"{row['speedup']:.2f}×",
         )
     console = Console(width=TERMINAL_WIDTH)
     console.print(table)
-    for task, row in report["tasks"].items():
-        tau = "–" if row["accepted_length"] is None else f"{row['accepted_length']:.2f}"
-        console.print(f"{task}: speedup {row['speedup']:.2f}×, τ {tau}")
+    console.print(_task_table(report))
     console.print(f"repetition rate of the outputs: {overall['repetition_rate']:.1%}")
     console.print(f"lossless: {lossless(report)}")
     for one in report["differences"]:
@@ -129,3 +157,24 @@ def print_table(report: Mapping[str, Any]) -> None:
             else f"  in {report['settings']['dtype']} a tree's pass rounds otherwise than a single "
             "token's; evaluate with target.dtype=float32 to tell rounding from an error"
         )
+
+
+def _task_table(report: Mapping[str, Any]) -> Table:
+    rows = task_rows(report)
+    table = Table(title="By task, and share accepted at each depth where the one before was")
+    for heading in ("task", "way", "τ", "speedup", *map(str, range(1, depths_shown(rows) + 1))):
+        table.add_column(heading, justify="left" if heading in ("task", "way") else "right")
+    before = None
+    for row in rows:
+        # A task's name once, above a line of its own.
+        task = "" if row["task"] == before else row["task"]
+        if task and before:
+            table.add_section()
+        before = row["task"]
+        shares = [f"{100 * share:.0f}%" for share in row["acceptance_by_depth"]]
+        table.add_row(task, row["name"], _tau(row), f"{row['speedup']:.2f}×", *shares)
+    return table
+
+
+def _tau(row: Mapping[str, Any]) -> str:
+    return "–" if row["accepted_length"] is None else f"{row['accepted_length']:.2f}"

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from core.config import Config
+from core.data.conversations import Message
 from core.data.prompts import Prompt
 from core.data.template import encode_prompt
 from core.decode.engine import SpeculativeDecoder
@@ -59,26 +61,49 @@ class EvaluationSession:
         Raises:
             InputError: one does not; the message names it.
         """
-        largest = max(self.chosen.total_tokens, *self.config.eval.fixed_total_tokens, 1)
+        settings = self.config.eval
+        largest = max(self.chosen.total_tokens, *settings.fixed_total_tokens, 1)
         for prompt in prompts:
-            prompt_ids = encode_prompt(self.decoder.target.tokenizer, prompt.messages)
+            turns = len(prompt.ids(settings.turns))
+            # The answers in between are not known yet, but how long they may be is.
+            messages = prompt.after(["…"] * (turns - 1))
+            prompt_ids = encode_prompt(self.decoder.target.tokenizer, messages)
             try:
-                self.decoder.check_fits(prompt_ids, self.config.eval.max_new_tokens, largest)
+                self.decoder.check_fits(prompt_ids, settings.max_new_tokens * turns, largest)
             except InputError as error:
                 raise InputError(f"prompt {prompt.id}: {error}") from error
 
-    def answer(self, prompt: Prompt, turn: int) -> PromptResult:
-        """Answer one prompt in every way; `turn` counts prompts from 0."""
+    def answer(self, prompt: Prompt, turn: int, said: Sequence[str] = ()) -> Iterator[PromptResult]:
+        """Answer one prompt in every way, turn by turn, as far as `eval.turns` goes.
+
+        Every way answers a turn on top of the baseline's answers to those before, so that all
+        have the same prompt.
+
+        Args:
+            prompt: to answer.
+            turn: counts prompts from 0.
+            said: the baseline's answers to the turns that are answered already.
+        """
+        answers = list(said)
+        for name in prompt.ids(self.config.eval.turns)[len(answers) :]:
+            result = self._answer_turn(prompt, name, prompt.after(answers), turn)
+            yield result
+            answers.append(result.text)
+
+    def _answer_turn(
+        self, prompt: Prompt, name: str, messages: Sequence[Message], turn: int
+    ) -> PromptResult:
         target = self.decoder.target
-        prompt_ids = encode_prompt(target.tokenizer, prompt.messages)
+        prompt_ids = encode_prompt(target.tokenizer, messages)
         ways = self._ways(prompt_ids, turn, self.config.eval.max_new_tokens)
         answers = {answer.way: answer for answer in _in_turn(ways, turn)}
         # Told in the same order for every prompt.
         answers = {way: answers[way] for way in ways}
         baseline = next(iter(answers.values()))
         result = PromptResult(
-            id=prompt.id,
+            id=name,
             task=prompt.task,
+            category=prompt.category,
             prompt_tokens=len(prompt_ids),
             text=target.tokenizer.decode(baseline.token_ids, skip_special_tokens=True),
             answers=answers,
@@ -139,15 +164,25 @@ def _in_turn(ways: dict[str, Callable[[], Answer]], turn: int) -> list[Answer]:
 
 
 def select_prompts(prompts: Sequence[Prompt], most: int | None) -> list[Prompt]:
-    """At most `most` prompts, taken from each task in turn, in the file's order."""
-    by_task: dict[str, list[Prompt]] = {}
-    for prompt in prompts:
-        by_task.setdefault(prompt.task, []).append(prompt)
-    longest = max((len(members) for members in by_task.values()), default=0)
-    taken = [
-        members[place]
-        for place in range(longest)
-        for members in by_task.values()
-        if place < len(members)
+    """At most `most` prompts, taken from each task in turn, in each from its categories in turn.
+
+    Within a category they come in the file's order.
+    """
+    by_task = _grouped(prompts, lambda prompt: prompt.task)
+    mixed = [
+        _alternating(_grouped(members, lambda prompt: prompt.category or "")) for members in by_task
     ]
-    return taken[:most]
+    return _alternating(mixed)[:most]
+
+
+def _grouped(prompts: Iterable[Prompt], key: Callable[[Prompt], str]) -> list[list[Prompt]]:
+    groups: dict[str, list[Prompt]] = {}
+    for prompt in prompts:
+        groups.setdefault(key(prompt), []).append(prompt)
+    return list(groups.values())
+
+
+def _alternating(groups: Sequence[Sequence[Prompt]]) -> list[Prompt]:
+    """The first of each group, then the second of each, …"""
+    rounds = itertools.zip_longest(*groups)
+    return [prompt for one in rounds for prompt in one if prompt is not None]

@@ -66,7 +66,7 @@ class Difference:
 
 @dataclass
 class PromptResult:
-    """All answers to one prompt; a line of `outputs.jsonl`."""
+    """All answers to one turn of a prompt; a line of `outputs.jsonl`."""
 
     id: str
     task: str
@@ -74,6 +74,7 @@ class PromptResult:
     text: str
     answers: dict[str, Answer] = field(default_factory=dict)
     differences: dict[str, Difference] = field(default_factory=dict)
+    category: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,9 +34,13 @@ from core.data.chat_templates import AUTO, use_template
 from core.errors import ConfigError, InputError
 from core.models.packed import pack_linears
 from core.models.ragged import RaggedBatch
-from core.provenance import fingerprint, hash_json
+from core.provenance import fingerprint, fingerprint_of, hash_json
 
 WEIGHT_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
+# What transformers writes of itself into config.json, and what counts in its place: the release
+# that the first heads' targets were saved by, so that the fingerprints those heads carry hold.
+SAVED_BY = re.compile(rb'"transformers_version": "[^"]*"')
+SAVED_BY_FIRST = b'"transformers_version": "5.23.0"'
 
 
 @dataclass
@@ -269,9 +274,14 @@ def target_location(path: str) -> str:
 
 
 def target_fingerprint(folder: Path) -> str:
-    """Hash of the weights and the model's config; a tokenizer or a README changes nothing."""
-    files = sorted([folder / "config.json", *folder.glob("*.safetensors")])
-    return hash_json({file.name: fingerprint(file) for file in files})
+    """Hash of the weights and the model's config; a tokenizer or a README changes nothing.
+
+    Nor does which transformers saved it: a model that is converted anew is the same target.
+    """
+    config = folder / "config.json"
+    hashes = {file.name: fingerprint(file) for file in folder.glob("*.safetensors")}
+    hashes[config.name] = fingerprint_of(SAVED_BY.sub(SAVED_BY_FIRST, config.read_bytes()))
+    return hash_json(hashes)
 
 
 def load_tokenizer(folder: Path, template: TemplateName = AUTO) -> PreTrainedTokenizerBase:

@@ -108,7 +108,9 @@ def run_chain(config: Config, folder: RunFolder, stages: Sequence[Job]) -> Repor
     for number, stage in enumerate(stages, start=1):
         say("quickstart", f"stage {number} of {len(stages)}: {stage.name}")
         reports[stage.name] = jobs.run_stage(stage, stage_config(config, stage.name))
-    page = write_page(folder.path, reports, read_samples(folder.path / "evaluation"))
+    folders = {stage.name: Path(stage_config(config, stage.name).output or "") for stage in stages}
+    samples = read_samples(folders["evaluate_draft"])
+    page = write_page(folder.path / "report.html", folders, reports, samples)
     print_table(reports["evaluate_draft"])
     say("quickstart", f"report: {page}")
     return {"stages": reports}

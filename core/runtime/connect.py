@@ -23,6 +23,10 @@ UNPACK_SECONDS = 30.0
 JOBS_AGENT_PORT = 52365
 TOKEN_LOGGER = "ray._private.authentication.authentication_token_setup"
 
+# Where nobody can look at them, Ray's samples of each process and each worker's reports are work
+# in vain, on the cores that replicas compute on.
+WITHOUT_METRICS = {"RAY_enable_metrics_collection": "0", "REPORTER_UPDATE_INTERVAL_MS": "3600000"}
+
 # Ray's workers must not each start a thread pool as large as the machine.
 WORKER_ENVIRONMENT = {"TOKENIZERS_PARALLELISM": "false"}
 
@@ -85,12 +89,13 @@ def jobs_api_is_free(wait_seconds: float = 30.0) -> bool:
         time.sleep(0.5)
 
 
-def connect(config: ClusterConfig, *, dashboard: bool = False) -> None:
+def connect(config: ClusterConfig, *, dashboard: bool = False, metrics: bool = False) -> None:
     """Connect to Ray, or start it on this machine; does nothing if that has been done.
 
     Args:
         config: which Ray.
         dashboard: start the dashboard, and with it the jobs API, where Ray is started here.
+        metrics: collect Ray's metrics there; with a dashboard they always are.
     """
     if ray.is_initialized():
         return
@@ -104,6 +109,9 @@ def connect(config: ClusterConfig, *, dashboard: bool = False) -> None:
         logging.getLogger(TOKEN_LOGGER).setLevel(logging.ERROR)
         # Ray's workers give way to all other processes, but here they do what the user waits for.
         os.environ.setdefault("RAY_worker_niceness", "0")
+        if not (dashboard or metrics):
+            for name, value in WITHOUT_METRICS.items():
+                os.environ.setdefault(name, value)
         settings = {
             "num_cpus": config.num_cpus,
             "object_store_memory": config.object_store_mb * 10**6,

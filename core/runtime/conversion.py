@@ -10,6 +10,9 @@ from core.config import Config
 from core.models.convert import TINY_RANDOM, convert, gguf_path
 from core.progress import say
 from core.provenance import RunFolder
+from core.runtime.job import Job, run_stage
+
+MODEL_FOLDER = "model"
 
 
 def conversion_inputs(config: Config) -> dict[str, Path]:
@@ -22,6 +25,25 @@ def conversion_inputs(config: Config) -> dict[str, Path]:
 def convert_model(config: Config, folder: RunFolder) -> Mapping[str, Any]:
     """Write the HF folder `<output>/model`."""
     say("convert_model", f"{config.convert.source} → HF folder ({config.convert.dtype})")
-    figures = convert(config.convert, folder.path / "model")
+    figures = convert(config.convert, folder.path / MODEL_FOLDER)
     say("convert_model", f"{figures['parameters']:,} parameters")
     return figures
+
+
+JOB = Job(
+    name="convert_model",
+    summary="Turn a GGUF file into an HF folder (<output>/model) that the other jobs read.",
+    sections=("convert",),
+    inputs=conversion_inputs,
+    run=convert_model,
+    uses_ray=False,
+)
+
+
+def with_converted_target(config: Config) -> Config:
+    """Make the target where the config says what from and names none; skipped when it is there."""
+    if config.target.path or not config.convert.source:
+        return config
+    run_stage(JOB, config)
+    folder = Path(config.output or "").expanduser().absolute() / MODEL_FOLDER
+    return config.replace(target={"path": str(folder)})

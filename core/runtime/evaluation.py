@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from core.data.prompts import Prompt, read_prompts
 from core.decode.tree import TreePlan
 from core.draft.folder import check_folder
 from core.errors import ConfigError, InputError
+from core.evaluate.page import read_samples, write_page
 from core.evaluate.plots import plot_evaluation
 from core.evaluate.session import EvaluationSession, select_prompts
 from core.evaluate.speculation import PromptResult
@@ -35,7 +38,10 @@ def evaluation_inputs(config: Config) -> dict[str, Path]:
         UserError: one of them is not set or not there.
     """
     if not config.eval.prompts:
-        raise ConfigError("eval.prompts is not set; give a JSONL of prompts (id, task, messages)")
+        raise ConfigError(
+            "eval.prompts is not set; give a JSONL of prompts, such as Spec-Bench's question.jsonl "
+            "or the prompts.jsonl that prepare_data wrote"
+        )
     if not config.draft.path:
         raise ConfigError("draft.path is not set; give a draft head's folder (<output>/head)")
     check_tree_sizes(config)
@@ -44,7 +50,18 @@ def evaluation_inputs(config: Config) -> dict[str, Path]:
     return {
         "target.path": target_folder(config.target.path),
         "draft.path": head,
-        "eval.prompts": resolve_path(config.eval.prompts, field="eval.prompts"),
+        **_prompt_files(config),
+    }
+
+
+def _prompt_files(config: Config) -> dict[str, Path]:
+    """Config field → file; a list's members are told apart by their place in it."""
+    locations = config.eval.prompts or ()
+    if isinstance(locations, str):
+        return {"eval.prompts": resolve_path(locations, field="eval.prompts")}
+    return {
+        f"eval.prompts[{number}]": resolve_path(location, field="eval.prompts")
+        for number, location in enumerate(locations)
     }
 
 
@@ -88,25 +105,51 @@ class Evaluator:
         """See `EvaluationSession.check_prompts`."""
         self.session.check_prompts(prompts)
 
-    def answer_all(self, prompts: list[tuple[int, Prompt]]) -> Iterator[dict[str, Any]]:
-        """Results one by one, as they are ready; the number of a prompt is its turn."""
-        for turn, prompt in prompts:
-            yield self.session.answer(prompt, turn).as_dict()
+    def answer_all(self, work: list[Unanswered]) -> Iterator[dict[str, Any]]:
+        """Results one by one, as they are ready."""
+        for one in work:
+            for result in self.session.answer(one.prompt, one.number, one.said):
+                yield result.as_dict()
+
+
+@dataclass(frozen=True)
+class Unanswered:
+    """A prompt of which turns are still to be answered.
+
+    Attributes:
+        number: the prompt's place, from 0.
+        prompt: itself.
+        said: the answers that an interrupted run got to the turns before.
+    """
+
+    number: int
+    prompt: Prompt
+    said: tuple[str, ...]
+
+
+def _unanswered(
+    prompts: list[Prompt], results: Mapping[str, PromptResult], turns: int | None
+) -> list[Unanswered]:
+    found = []
+    for number, prompt in enumerate(prompts):
+        names = prompt.ids(turns)
+        said = [results[name].text for name in itertools.takewhile(results.__contains__, names)]
+        if len(said) < len(names):
+            found.append(Unanswered(number, prompt, tuple(said)))
+    return found
 
 
 def evaluate_draft(config: Config, folder: RunFolder) -> Mapping[str, Any]:
-    """Answer all prompts, write `outputs.jsonl` as they come, then plots and the report."""
-    prompts = select_prompts(
-        read_prompts(resolve_path(config.eval.prompts or "", field="eval.prompts")),
-        config.eval.max_prompts,
-    )
+    """Answer all prompts, write `outputs.jsonl` as they come, then plots and a page."""
+    prompts = select_prompts(read_prompts(*_prompt_files(config).values()), config.eval.max_prompts)
     if not prompts:
         raise InputError(f"eval.prompts={config.eval.prompts} holds no prompt")
     outputs = folder.path / "outputs.jsonl"
     results = _read_outputs(outputs)
     about_file = folder.path / "about.json"
     about = json.loads(about_file.read_text()) if about_file.exists() else None
-    unanswered = [(i, p) for i, p in enumerate(prompts) if p.id not in results]
+    names = [name for prompt in prompts for name in prompt.ids(config.eval.turns)]
+    unanswered = _unanswered(prompts, results, config.eval.turns)
     if unanswered:
         evaluator = _start_evaluator(config, about)
         ray.get(evaluator.check_prompts.remote(prompts))
@@ -115,15 +158,21 @@ def evaluate_draft(config: Config, folder: RunFolder) -> Mapping[str, Any]:
             about = ray.get(evaluator.about.remote())
             write_atomically(about_file, json.dumps(about).encode())
         say(STAGE, f"chosen tree: {about['chosen']['total_tokens']} nodes")
-        _collect(evaluator, unanswered, len(prompts), outputs, results)
+        _collect(evaluator, unanswered, len(names), outputs, results)
         ray.kill(evaluator)
-    report = {**summarize([results[p.id] for p in prompts]), **(about or {})}
+    report = {**summarize([results[name] for name in names]), **(about or {})}
     report["settings"] = {
         "dtype": config.target.dtype,
         "max_new_tokens": config.eval.max_new_tokens,
         "temperature": 0,
     }
     plot_evaluation(report, folder.path)
+    write_page(
+        folder.path / "report.html",
+        {STAGE: folder.path},
+        {STAGE: report},
+        read_samples(folder.path),
+    )
     return report
 
 
@@ -142,14 +191,14 @@ def _start_evaluator(config: Config, about: dict[str, Any] | None) -> Any:
 
 def _collect(
     evaluator: Any,
-    unanswered: list[tuple[int, Prompt]],
+    unanswered: list[Unanswered],
     total: int,
     outputs: Path,
     results: dict[str, PromptResult],
 ) -> None:
     stream = evaluator.answer_all.options(num_returns="streaming").remote(unanswered)
     with (
-        Progress(STAGE, total, "prompts", skipped=total - len(unanswered)) as progress,
+        Progress(STAGE, total, "prompts", skipped=len(results)) as progress,
         outputs.open("a", encoding="utf-8") as file,
     ):
         for reference in stream:

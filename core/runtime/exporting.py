@@ -10,7 +10,7 @@ from transformers import AutoConfig
 
 from core.config import Config
 from core.draft.base import TargetGeometry
-from core.draft.export import export_head
+from core.draft.export import OWN, export_head, export_own
 from core.draft.folder import check_folder, check_target
 from core.draft.formats import WRITABLE, ExportTarget, read_head
 from core.errors import ConfigError
@@ -29,9 +29,9 @@ def export_inputs(config: Config) -> dict[str, Path]:
     Raises:
         UserError: one of them is not set or not there, or the format does not exist.
     """
-    if config.export.format not in WRITABLE:
+    if config.export.format not in (*WRITABLE, OWN):
         raise ConfigError(
-            f"export.format={config.export.format}: choose one of {', '.join(WRITABLE)}"
+            f"export.format={config.export.format}: choose one of {', '.join((*WRITABLE, OWN))}"
         )
     if not config.draft.path:
         raise ConfigError("draft.path is not set; give a draft head's folder (<output>/head)")
@@ -50,14 +50,16 @@ def export_draft(config: Config, folder: RunFolder) -> Mapping[str, Any]:
         architectures=tuple(about.architectures or ()),
         geometry=TargetGeometry.of(about),
         num_layers=int(about.get_text_config().num_hidden_layers),
+        fingerprint=target_fingerprint(inputs["target.path"]),
     )
-    fingerprint = target_fingerprint(inputs["target.path"])
-    check_target(inputs["draft.path"], found, fingerprint, about)
+    check_target(inputs["draft.path"], found, target.fingerprint, about)
     assert config.export.format is not None
     say(STAGE, f"{found.head.config.kind} head ({found.format}) → {config.export.format}")
-    report = export_head(
-        folder.path / HEAD_FOLDER, found.head, target, config.export.format, config.export.dtype
-    )
+    place, dtype = folder.path / HEAD_FOLDER, config.export.dtype
+    if config.export.format == OWN:
+        report = export_own(place, found, target, dtype)
+    else:
+        report = export_head(place, found.head, target, config.export.format, dtype)
     for sentence in report["differences"]:
         say(STAGE, f"note: {sentence}")
     say(STAGE, f"run it: {report['run_with']}")

@@ -19,12 +19,7 @@ from core import errors
 from core.config import Config, FeaturesConfig, TargetConfig
 from core.data.examples import SPLITS, example_shards, read_examples, read_metadata
 from core.data.feature_manifest import Manifest
-from core.data.feature_shards import (
-    ShardRecord,
-    finished_record,
-    remove_leftovers,
-    store_of,
-)
+from core.data.feature_shards import ShardRecord, finished_record, remove_leftovers
 from core.data.template import tokenizer_hash
 from core.errors import InputError, MismatchError
 from core.models.features import extract_shard, feature_layers, load_for_extraction
@@ -39,10 +34,11 @@ from core.paths import resolve_path
 from core.progress import Progress, say
 from core.provenance import RunFolder
 from core.runtime.pool import (
+    PoolFigures,
     PoolSize,
     ShardReplica,
     attempts_file,
-    check_same_target,
+    load_on_replica,
     replicas_that_fit,
     run_pool,
     unseen,
@@ -106,18 +102,18 @@ def extract_features(config: Config, folder: RunFolder) -> Mapping[str, Any]:
     manifest = plan_manifest(config, paths["data.examples"], paths["target.path"])
     output = folder.path.absolute()
     manifest.write(output)
-    store_of(manifest).check()
+    manifest.files.check()
     tasks = _unfinished(paths["data.examples"], output, manifest)
     total = sum(len(stems) for stems in manifest.shards.values())
     skipped = total - len(tasks)
     size = _pool_size(config.features)
     replicas = replicas_that_fit(size, len(tasks), STAGE, "features.num_replicas") if tasks else 0
-    results = _Results()
+    figures = PoolFigures()
     with Progress(STAGE, total=total, unit="shards", skipped=skipped) as progress:
         if tasks:
             say(STAGE, f"loading the target in {replicas} replica(s)")
             for row in extract_in_pool(tasks, replicas, config, manifest):
-                results.add(row)
+                figures.add(row)
                 progress.advance(1, tokens=row["tokens"])
     # This run's own killed replicas leave some too; a stray one of an earlier run, which is about
     # to be killed, loses nothing that counts.
@@ -131,12 +127,12 @@ def extract_features(config: Config, folder: RunFolder) -> Mapping[str, Any]:
         "held_out_tokens": tokens["held_out"],
         "shards": total,
         "shards_before": skipped,
-        "tokens_per_second": results.tokens_per_second,
+        "tokens_per_second": figures.tokens / max(figures.seconds, 1e-9),
         "padding_waste": 1 - sum(tokens.values()) / padded,
         "bytes": written,
         "bytes_per_token": written / sum(tokens.values()),
         "replicas": replicas,
-        "nodes": len(results.nodes),
+        "nodes": len(figures.nodes),
         "hidden_size": manifest.hidden_size,
         "feature_layers": list(manifest.feature_layers),
         "features_dtype": manifest.dtype,
@@ -201,10 +197,9 @@ class _Replica(ShardReplica):
         self.settings = settings
 
     def load(self) -> Target:
-        threads = max(1, int(self.settings.features.cpus_per_replica))
-        target = load_for_extraction(self.settings.target, num_threads=threads)
-        check_same_target(target, self.settings.manifest.target, self.settings.target.path)
-        if self.settings.manifest.top_logits:
+        manifest, cpus = self.settings.manifest, self.settings.features.cpus_per_replica
+        target = load_on_replica(load_for_extraction, self.settings.target, cpus, manifest.target)
+        if manifest.top_logits:
             target.check_output_head()
         return target
 
@@ -215,26 +210,6 @@ class _Replica(ShardReplica):
     def make(self, target: Target, shard: Path, work: str) -> int:
         examples, budget = read_examples(Path(work)), self.settings.features.batch_tokens
         return extract_shard(target, examples, shard, self.settings.manifest, budget).tokens
-
-
-class _Results:
-    """What the rows of the replicas add up to."""
-
-    def __init__(self) -> None:
-        self.tokens = 0
-        self.nodes: set[str] = set()
-        self._started, self._ended = float("inf"), 0.0
-
-    def add(self, row: Mapping[str, Any]) -> None:
-        self.tokens += int(row["tokens"])
-        self.nodes.add(row["node"])
-        self._started = min(self._started, row["started"])
-        self._ended = max(self._ended, row["ended"])
-
-    @property
-    def tokens_per_second(self) -> float:
-        """From the first shard's start to the last one's end; loading is not in it."""
-        return self.tokens / max(self._ended - self._started, 1e-9) if self.tokens else 0.0
 
 
 def extract_in_pool(

@@ -9,8 +9,10 @@ import itertools
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ import torch
 from core.config import Config
 from core.data.examples import Example, read_examples
 from core.data.feature_manifest import Manifest
-from core.data.feature_shards import FeatureDataset
+from core.data.feature_shards import FeatureDataset, ShardRecord
 from core.errors import InputError
 from core.evaluate.comparison import Ratio, Way, compare, print_comparison, summarize_comparison
 from core.models.features import extract_shard, load_for_extraction
@@ -48,7 +50,8 @@ RATIOS = (
 LEFT_OUT = (
     "of the Ray pipeline: starting the replicas, each one's first shard (one more, to warm up), "
     "and the end, when the first replica has nothing left to do (start_up_seconds, "
-    "whole_seconds); of the others: loading, and one pass to warm up"
+    "whole_seconds); of the bare loop: starting its process, and its first shard (one more); of "
+    "the reference: loading, and one pass to warm up"
 )
 LEAST_SHARDS_A_REPLICA = 4
 
@@ -183,19 +186,28 @@ class _Bench:
         return self._one_by_one(self.plain.features)
 
     def bare_loop(self, _: int) -> dict[str, float]:
-        """What a replica does, without Ray."""
-        target, folder = self.target, self._fresh()
+        """What a replica does, without Ray; in a process as new as each repeat's replicas are.
+
+        A process that has been through all batches before knows their shapes, for which oneDNN
+        then builds nothing.
+        """
+        self._fresh()
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+            # A copy, without the targets that this process has loaded.
+            return process.submit(_bare_loop, replace(self)).result()
+
+    def extract_bare(self) -> dict[str, float]:
+        """The loop itself, behind one shard to warm up."""
+        target = load_for_extraction(self.config.target, self.threads)
+
+        def extract(task: Mapping[str, str], name: str) -> ShardRecord:
+            examples, shard = read_examples(Path(task["work"])), self.work / f"{name}.safetensors"
+            budget = self.config.features.batch_tokens
+            return extract_shard(target, examples, shard, self.manifest, budget)
+
+        extract(self.tasks[0], "warm_up")
         started = time.perf_counter()
-        records = [
-            extract_shard(
-                target,
-                read_examples(Path(task["work"])),
-                folder / f"{number}.safetensors",
-                self.manifest,
-                self.config.features.batch_tokens,
-            )
-            for number, task in enumerate(self.tasks)
-        ]
+        records = [extract(task, str(number)) for number, task in enumerate(self.tasks)]
         seconds = time.perf_counter() - started
         padded = sum(record.padded_tokens for record in records)
         return {
@@ -282,6 +294,11 @@ class _Bench:
         shutil.rmtree(self.work, ignore_errors=True)
         self.work.mkdir(parents=True)
         return self.work
+
+
+def _bare_loop(bench: _Bench) -> dict[str, float]:
+    """Runs in a process of its own."""
+    return bench.extract_bare()
 
 
 def _so_many(tasks: list[dict[str, str]], config: Config) -> Iterator[dict[str, str]]:

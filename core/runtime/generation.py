@@ -53,10 +53,11 @@ from core.models.target import (
 from core.progress import Progress, say
 from core.provenance import RunFolder
 from core.runtime.pool import (
+    PoolFigures,
     PoolSize,
     ShardReplica,
     attempts_file,
-    check_same_target,
+    load_on_replica,
     replicas_that_fit,
     run_pool,
     unseen,
@@ -247,7 +248,7 @@ class _Pool:
     @property
     def tokens_per_second(self) -> float:
         """Generated a second over this run's shards; loading is not in it."""
-        return self._tokens / max(self._seconds, 1e-9) if self._tokens else 0.0
+        return self._tokens / max(self._seconds, 1e-9)
 
     def run(self, tasks: Sequence[Mapping[str, str]], unit: str) -> list[dict[str, Any]]:
         """What came of each task's shard, in order."""
@@ -271,13 +272,13 @@ class _Pool:
         location = target_location(str(self.config.target.path))
         config = self.config.replace(target={"path": location})
         settings = _ReplicaSettings(config, self.fingerprint)
-        first, last = float("inf"), 0.0
+        figures = PoolFigures()
         for row in run_pool(tasks, _Replica, settings, size, fits):
-            first, last = min(first, row["started"]), max(last, row["ended"])
-            self.nodes.add(row["node"])
-            self._tokens += int(row["tokens"])
+            figures.add(row)
             progress.advance(1, tokens=row["tokens"])
-        self._seconds += last - first
+        self.nodes |= figures.nodes
+        self._tokens += figures.tokens
+        self._seconds += figures.seconds
 
 
 @dataclass(frozen=True)
@@ -295,10 +296,8 @@ class _Replica(ShardReplica):
         self.config, self.fingerprint = settings.config, settings.fingerprint
 
     def load(self) -> Target:
-        threads = max(1, int(self.config.generate.cpus_per_replica))
-        target = load_target(self.config.target, num_threads=threads)
-        check_same_target(target, self.fingerprint, self.config.target.path)
-        return target
+        cpus = self.config.generate.cpus_per_replica
+        return load_on_replica(load_target, self.config.target, cpus, self.fingerprint)
 
     def finished(self, shard: Path) -> int | None:
         return None if finished_shard(shard) is None else 0

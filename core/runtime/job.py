@@ -40,6 +40,7 @@ class Job:
         of_parts: whether it is made of other jobs, each with a run folder of its own.
         actions: further flags, such as `--verify`, each a function of the config and the flag's
             value (None for a switch) that prints.
+        show: prints what the report says, at the end of its command line.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Job:
     of_parts: bool = False
     actions: Mapping[str, Action] = field(default_factory=dict)
     counted: Callable[[Config], tuple[str, ...]] | None = None
+    show: Callable[[Report], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -186,7 +188,9 @@ def act(job: Job, arguments: argparse.Namespace, config: Config) -> None:
     if arguments.dry_run:
         _dry_run(job, config)
         return
-    run_stage(job, config)
+    report = run_stage(job, config)
+    if job.show is not None:
+        job.show(report)
 
 
 def _dry_run(job: Job, config: Config) -> None:

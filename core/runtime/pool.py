@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +14,7 @@ import ray
 from ray.data import ActorPoolStrategy, DataContext
 
 from core import errors
+from core.config import TargetConfig
 from core.errors import AerieError, MismatchError, StageError
 from core.models.target import Target
 from core.paths import TEMPORARY, naming_a_full_disk
@@ -85,17 +86,23 @@ class ShardReplica(ABC):
         return {key: [value] for key, value in row.items()}
 
 
-def check_same_target(target: Target, fingerprint: str, path: str | None) -> None:
-    """Make sure that this node's target is the job's.
+def load_on_replica(
+    load: Callable[[TargetConfig, int], Target], config: TargetConfig, cpus: float, fingerprint: str
+) -> Target:
+    """Load a replica's target, on as many threads as it has CPUs.
 
     Raises:
-        MismatchError: it is another.
+        UserError: it cannot be loaded.
+        MismatchError: it is another than the job's.
     """
+    target = load(config, max(1, int(cpus)))
     if target.fingerprint != fingerprint:
         raise MismatchError(
-            f"target.path={path} is another model on this node ({ray.util.get_node_ip_address()}) "
-            "than where the job was started; give a folder that every node mounts"
+            f"target.path={config.path} is another model on this node "
+            f"({ray.util.get_node_ip_address()}) than where the job was started; give a folder "
+            "that every node mounts"
         )
+    return target
 
 
 def unseen(shard: Path) -> StageError:
@@ -104,6 +111,32 @@ def unseen(shard: Path) -> StageError:
         f"{shard} was made on another node and is not to be seen here; output must be on a file "
         "system that every node mounts"
     )
+
+
+class PoolFigures:
+    """What the rows of a run of the pool add up to.
+
+    Attributes:
+        tokens: of its shards.
+        nodes: that took part.
+    """
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self.nodes: set[str] = set()
+        self._started, self._ended = float("inf"), 0.0
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Count a row of `run_pool`."""
+        self.tokens += int(row["tokens"])
+        self.nodes.add(row["node"])
+        self._started = min(self._started, row["started"])
+        self._ended = max(self._ended, row["ended"])
+
+    @property
+    def seconds(self) -> float:
+        """From the first shard's start to the last one's end; loading is not in it."""
+        return max(0.0, self._ended - self._started)
 
 
 def replicas_that_fit(size: PoolSize, num_tasks: int, stage: str, field: str) -> int:

@@ -34,7 +34,7 @@ from core.errors import AerieError, ConfigError, ResourceError, StageError
 from core.models.features import batch_features, load_for_extraction
 from core.models.target import Target
 from core.progress import say
-from core.runtime.pool import MAX_ATTEMPTS, check_same_target
+from core.runtime.pool import MAX_ATTEMPTS, load_on_replica
 from core.runtime.resources import check_placement
 from core.train.order import Selection
 from core.train.prefetch import Prefetch
@@ -76,10 +76,8 @@ class FeatureReplica:
     @cached_property
     def _target(self) -> Target:
         """Loaded at the first call: Ray would try a failing constructor again and again."""
-        threads = max(1, int(self.config.cpus_per_replica))
-        target = load_for_extraction(self.target_config, threads)
-        check_same_target(target, self.manifest.target, self.target_config.path)
-        return target
+        cpus, fingerprint = self.config.cpus_per_replica, self.manifest.target
+        return load_on_replica(load_for_extraction, self.target_config, cpus, fingerprint)
 
     def load(self) -> str:
         """Load the target, and say on which node.

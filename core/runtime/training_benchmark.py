@@ -1,7 +1,10 @@
 """The benchmark `training`: EAGLE's training step and Aerie's, on the same sequences in turn.
 
 Each way trains a new head of the same weights, in this process, on the same global batches at the
-same dtype and number of threads, with noise and the optimizer's step.
+same dtype and number of threads, with noise and the optimizer's step. The comparison is with equal
+vocabularies, where losses are equal; beside it stands the draft vocabulary that was configured,
+whose loss is of a softmax over fewer tokens. Nothing is kept from one epoch for the next, so that
+each costs what the steps measured here do.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from core.config import Config
+from core.draft.soft_cross_entropy import product_dtype
 from core.errors import ConfigError, InputError
 from core.evaluate.comparison import Ratio, Way, compare, print_comparison, summarize_comparison
 from core.models.target import target_folder, target_location
@@ -36,8 +40,7 @@ from core.train.task import TRAIN, DraftTask, open_shards, prepare
 
 STAGE = "benchmark"
 REFERENCE, WHOLE, AERIE = "reference", "aerie_whole_vocabulary", "aerie"
-SPEED = Ratio("speed_to_reference", "tokens_per_second", AERIE, REFERENCE, at_least=2.0)
-
+AT_LEAST = 2.0
 
 CPU = torch.device("cpu")
 
@@ -58,15 +61,14 @@ def benchmark_training(config: Config, folder: RunFolder) -> Mapping[str, Any]:
             f"{len(bench.steps)} steps of {config.train.global_batch_size} sequences, "
             f"{bench.tokens:,} tokens, {threads} threads",
         )
-        ways = [
-            Way(REFERENCE, bench.reference),
-            Way(AERIE, lambda _: bench.engine(bench.task)),
-        ]
+        ways = [Way(REFERENCE, bench.reference)]
         if bench.alike is not bench.task:
             ways.append(Way(WHOLE, lambda _: bench.engine(bench.alike)))
+        ways.append(Way(AERIE, lambda _: bench.engine(bench.task)))
         found = compare(ways, config.benchmark.repeats, STAGE)
-    summary = summarize_comparison(found, _ratios(ways[-1].name))
+    summary = summarize_comparison(found, _ratios(ways[1].name))
     print_comparison(summary, f"training, {threads} threads, {config.train.dtype}")
+    dtype: torch.dtype = getattr(torch, config.train.dtype)
     lengths = bench.task.training.lengths_N[np.concatenate(bench.steps)]
     return {
         "benchmark": "training",
@@ -76,6 +78,7 @@ def benchmark_training(config: Config, folder: RunFolder) -> Mapping[str, Any]:
         "steps": len(bench.steps),
         "lengths": {f"p{p}": float(np.percentile(lengths, p)) for p in (5, 25, 50, 75, 95, 100)},
         "padding": bench.padding,
+        "loss_products": str(product_dtype(torch.empty(0, dtype=dtype))).removeprefix("torch."),
         "threads": threads,
         "dtype": config.train.dtype,
         "parallelism": config.train.parallelism,
@@ -114,7 +117,7 @@ class _Bench:
         location = target_location(str(config.target.path))
         task = prepare(config, location, features)
         alike = task
-        if config.draft.kind == "eagle1":
+        if config.draft.kind == "eagle1" and not task.vocabulary.is_whole:
             alike = prepare(config.replace(draft={"vocab_size": 0}), location, features)
         size, total = config.train.global_batch_size, 0
         steps: list[Indices] = []
@@ -205,13 +208,14 @@ class _Bench:
 
     def _timed(self, step: Callable[[int, Indices], float]) -> dict[str, float]:
         first = step(0, self.steps[0])
-        started = time.perf_counter()
+        started, used = time.perf_counter(), time.process_time()
         losses = [step(number, rows) for number, rows in enumerate(self.steps[1:], start=1)]
         seconds = time.perf_counter() - started
         tokens = self.tokens - int(self.task.training.lengths_N[self.steps[0]].sum())
         return {
             "tokens_per_second": tokens / seconds,
             "seconds": seconds,
+            "cpu_seconds": time.process_time() - used,
             "first_loss": first,
             "last_loss": float(np.mean(losses[-5:])),
         }
@@ -246,13 +250,16 @@ class _Bench:
 
 def _ratios(alike: str) -> tuple[Ratio, ...]:
     """What is compared; `alike` is the way whose loss must be the reference's."""
-    losses = (
-        Ratio(f"first_loss_{alike}", "first_loss", alike, REFERENCE, 0.99, 1.01),
-        Ratio(f"last_loss_{alike}", "last_loss", alike, REFERENCE, 0.98, 1.02),
+    found = (
+        Ratio("speed_at_equal_loss", "tokens_per_second", alike, REFERENCE, at_least=AT_LEAST),
+        # Of a machine that does other things too, this is the figure to trust.
+        Ratio("cpu_time_saved_at_equal_loss", "cpu_seconds", REFERENCE, alike),
+        Ratio("first_loss", "first_loss", alike, REFERENCE, 0.99, 1.01),
+        Ratio("last_loss", "last_loss", alike, REFERENCE, 0.98, 1.02),
     )
     if alike == AERIE:
-        return (SPEED, *losses)
-    return (SPEED, Ratio(f"speed_{alike}", "tokens_per_second", alike, REFERENCE), *losses)
+        return found
+    return (*found, Ratio("speed_with_draft_vocabulary", "tokens_per_second", AERIE, REFERENCE))
 
 
 @contextmanager

@@ -178,13 +178,9 @@ def train(
     head = task.new_head()
     parameters = sum(parameter.numel() for parameter in head.parameters())
     target = target_folder(task.target)
-    engine = build_engine(
-        head,
-        load_embedding(target),
-        load_output_head(target),
-        task.config.train,
-        device,
-    )
+    output_head_VH = load_output_head(target)
+    head.start_from(output_head_VH)
+    engine = build_engine(head, load_embedding(target), output_head_VH, task.config.train, device)
     held_out = None
     if task.held_out is not None:
         held_out = _batch_maker(task, open_source(task, HELD_OUT), task.held_out, device)

@@ -122,6 +122,7 @@ def test_a_record_that_is_no_conversation(two_raylets: str, tmp_path: Path) -> N
     assert len(list((tmp_path / "run" / "examples" / "train").glob("*.parquet"))) > 0
 
 
+@pytest.mark.soak
 def test_kills_change_nothing(one_node: Path, tmp_path: Path) -> None:
     """SIGKILL amid features and again amid training; then to the end."""
     output = tmp_path / "run"

@@ -25,10 +25,8 @@ from tests.e2e.serving import (
     ROOT,
     Served,
     greedy_answer,
-    make_models,
     one_thread,
     prompt_ids,
-    serving,
 )
 
 pytestmark = [pytest.mark.e2e, pytest.mark.cluster, pytest.mark.slow]
@@ -47,13 +45,6 @@ class Expected:
 
     prompt_tokens: int
     text: str
-
-
-@pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    folder = tmp_path_factory.mktemp("serve")
-    with serving(make_models(folder), folder) as server:
-        yield server
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import BrowserContext, Page, expect, sync_playwright
 
-from tests.e2e.serving import PROMPTS, Served, make_models, serving
+from tests.e2e.serving import PROMPTS, Served
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 FLAGS = [
@@ -35,13 +35,6 @@ pytestmark = [
         CHROMIUM is None, reason="no `chromium` on this machine; `make test-setup` installs it"
     ),
 ]
-
-
-@pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    folder = tmp_path_factory.mktemp("web")
-    with serving(make_models(folder), folder) as server:
-        yield server
 
 
 @pytest.fixture(scope="module")

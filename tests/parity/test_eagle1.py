@@ -133,6 +133,29 @@ def _reference_loss(
     return loss, count
 
 
+def _reference_chain_loss(
+    head: Eagle1Head, batch: DraftBatch, output_head_VH: Tensor, steps: int, decay: float
+) -> Tensor:
+    """The same along chains: step k reads what the chain predicted behind the true features."""
+    loss = torch.zeros(())
+    rows_WH = output_head_VH[head.vocabulary.d2t_W]
+    for row, length in enumerate(batch.lengths_B.tolist()):
+        ids_T, features_TH = batch.input_ids_BT[row], batch.features_BTLH[row, :length, 0]
+        for i in range(length - 1):
+            read_TH = features_TH[: i + 1]
+            for k in range(min(steps, length - 1 - i)):
+                state = _reference_states(head, read_TH, ids_T[1 : i + k + 2])[-1]
+                read_TH = torch.cat((read_TH, state[None]))
+                if not batch.loss_mask_BT[row, i + k]:
+                    continue
+                wanted = features_TH[i + k + 1]
+                probs = (rows_WH @ wanted).softmax(-1)
+                token_loss = -(probs * (rows_WH @ state).log_softmax(-1)).sum()
+                feature_loss = F.smooth_l1_loss(state, wanted)
+                loss = loss + decay**k * (FEATURE_WEIGHT * feature_loss + TOKEN_WEIGHT * token_loss)
+    return loss
+
+
 # --- Training ---------------------------------------------------------------
 
 
@@ -152,6 +175,25 @@ def test_loss_and_gradients_are_the_definitions(
     theirs = torch.autograd.grad(wanted, parameters)
     for name, a, b in zip(names, mine, theirs, strict=True):
         assert bool((b != 0).any()), name
+        assert_near(a, b, msg=f"{name}: off by up to {(a - b).abs().max().item():.1e}")
+
+
+@pytest.mark.parametrize(("lengths", "columns"), SHAPES)
+def test_training_time_test_is_its_definition(
+    tiny_target: Target, tensors, lengths, columns
+) -> None:
+    steps, decay = 3, 0.8
+    head = _head(tiny_target, tensors, bias=True, draft_size=64)
+    head.step_weights = [decay**step for step in range(steps)]
+    batch = _batch(tiny_target, lengths, columns, noise=False)
+    found = head.losses(batch)
+    wanted = _reference_chain_loss(head, batch, tensors[1], steps, decay)
+    assert int(found.num_tokens) == _reference_loss(head, batch, tensors[1])[1]
+    assert_near(found.loss, wanted)
+    names, parameters = zip(*head.named_parameters(), strict=True)
+    mine = torch.autograd.grad(found.loss, parameters)
+    theirs = torch.autograd.grad(wanted, parameters)
+    for name, a, b in zip(names, mine, theirs, strict=True):
         assert_near(a, b, msg=f"{name}: off by up to {(a - b).abs().max().item():.1e}")
 
 

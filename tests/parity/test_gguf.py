@@ -15,7 +15,7 @@ from core.config import ConvertConfig, TargetConfig
 from core.data.conversations import Message
 from core.data.template import encode_prompt
 from core.models.convert import convert, gguf_path
-from core.models.target import load_target
+from core.models.target import load_target, target_fingerprint
 from tests.conftest import SMOLLM2_GGUF
 
 # Stored as they are; queries and keys are stored with another order of rows.
@@ -55,3 +55,10 @@ def test_it_talks(folder: Path) -> None:
     ids = torch.tensor([encode_prompt(target.tokenizer, question)])
     answer = target.model.generate(ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :]
     assert "Paris" in target.tokenizer.decode(answer)
+
+
+@pytest.mark.slow
+def test_the_published_head_is_of_this_target(tmp_path: Path) -> None:
+    """Where a release of transformers writes other configs, this head must be named anew."""
+    convert(ConvertConfig(source=SMOLLM2_GGUF, dtype="bfloat16"), tmp_path / "model")
+    assert target_fingerprint(tmp_path / "model").startswith("aaaedc6b9c3f")

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from core.data.conversations import Message
+from core.data.prompts import Prompt
 from core.evaluate.speculation import PromptResult
-from core.runtime.evaluation import _read_outputs
+from core.runtime.evaluation import Unanswered, _read_outputs, _unanswered
 
 
 def test_a_line_cut_off_is_dropped_and_odd_characters_are_not_line_ends(tmp_path: Path) -> None:
@@ -17,3 +19,16 @@ def test_a_line_cut_off_is_dropped_and_odd_characters_are_not_line_ends(tmp_path
         found = _read_outputs(path)
         assert list(found) == ["1"]
         assert found["1"].text == "a\u2028b\u0085c"
+
+
+def test_an_interrupted_prompt_goes_on_with_the_turn_that_is_missing() -> None:
+    prompts = [
+        Prompt(name, "t", (Message("user", "x"),), ("y", "z")[:more])
+        for name, more in (("a", 2), ("b", 0), ("c", 1))
+    ]
+    said = {name: PromptResult(name, "t", 1, f"says {name}") for name in ("a/1", "b")}
+    assert _unanswered(prompts, said, None) == [
+        Unanswered(0, prompts[0], ("says a/1",)),
+        Unanswered(2, prompts[2], ()),
+    ]
+    assert _unanswered(prompts[:1], said | {"a/2": said["a/1"]}, 2) == []

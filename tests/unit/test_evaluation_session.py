@@ -9,6 +9,7 @@ import pytest
 from core.config import DRAFT_CONFIGS, Config
 from core.data.conversations import Message
 from core.data.prompts import Prompt
+from core.data.template import encode_prompt
 from core.decode.calibration import LARGEST_TREE, calibrate
 from core.decode.load import load_decoder
 from core.decode.tree import PLAIN, TreePlan
@@ -61,7 +62,7 @@ def test_every_way_answers_and_none_differs(config: Config) -> None:
     assert session.chosen == TreePlan(6, 2, 4) and session.calibration is None
     prompts = [_prompt("a", "x"), _prompt("b", "x", "who are you?")]
     session.check_prompts(prompts)
-    results = [session.answer(prompt, turn) for turn, prompt in enumerate(prompts)]
+    results = [r for turn, prompt in enumerate(prompts) for r in session.answer(prompt, turn)]
     everything = [BASELINE, CHOSEN, "tree_12", "untrained_12", HF_GENERATE]
     assert list(results[0].answers) == everything
     assert list(results[1].answers) == everything[:3], "the first prompts alone"
@@ -84,7 +85,38 @@ def test_a_resumed_evaluation_keeps_its_tree(config: Config) -> None:
     session = EvaluationSession(automatic, 1, TreePlan(3, 1, 4))
     assert session.chosen == TreePlan(3, 1, 4) and session.calibration is None
     # The fixed size keeps the depth of the configuration, and finds room to draft with it.
-    assert "tree_12" in session.answer(_prompt("a", "x"), 0).answers
+    (result,) = session.answer(_prompt("a", "x"), 0)
+    assert "tree_12" in result.answers
+
+
+def test_a_second_turn_is_asked_on_top_of_the_targets_own_answer(config: Config) -> None:
+    session = EvaluationSession(config, 1, TreePlan(6, 2, 4))
+    prompt = Prompt("q", "mt_bench", (Message("user", "hello"),), ("and now?",), "writing")
+    session.check_prompts([prompt])
+    first, second = session.answer(prompt, 3)
+    assert (first.id, second.id, second.task, second.category) == (
+        "q/1", "q/2", "mt_bench", "writing",
+    )  # fmt: skip
+    asked = encode_prompt(session.decoder.target.tokenizer, prompt.after([first.text]))
+    assert second.prompt_tokens == len(asked) > first.prompt_tokens
+    # One that was interrupted in between goes on with the second.
+    (again,) = session.answer(prompt, 3, [first.text])
+    assert again.id == "q/2"
+    assert again.answers[BASELINE].token_ids == second.answers[BASELINE].token_ids
+    assert not second.differences
+
+
+def test_turns_may_be_left_out(config: Config) -> None:
+    session = EvaluationSession(config.replace(eval={"turns": 1}), 1, TreePlan(6, 2, 4))
+    prompt = Prompt("q", "x", (Message("user", "hello"),), ("and now?",))
+    assert [result.id for result in session.answer(prompt, 3)] == ["q"]
+
+
+def test_the_turns_together_must_fit(config: Config) -> None:
+    session = EvaluationSession(config, 1, TreePlan(6, 2, 4))
+    prompt = Prompt("q", "x", (Message("user", "hello"),), ("and now?",) * 20)
+    with pytest.raises(InputError, match=r"prompt q: .* the context holds 256"):
+        session.check_prompts([prompt])
 
 
 def test_prompts_are_spread_over_tasks() -> None:
@@ -94,6 +126,17 @@ def test_prompts_are_spread_over_tasks() -> None:
     assert taken == ["x0", "y0", "z0", "x1", "y1"]
     assert len(select_prompts(prompts, None)) == 7
     assert select_prompts([], 3) == []
+
+
+def test_a_tasks_prompts_are_spread_over_its_categories() -> None:
+    kinds = ["writing", "writing", "math", "math", "math"]
+    prompts = [
+        Prompt(f"{kind}{n}", "mt_bench", (Message("user", "x"),), (), kind)
+        for n, kind in enumerate(kinds)
+    ]
+    prompts += [_prompt("z0", "z")]
+    taken = [prompt.id for prompt in select_prompts(prompts, None)]
+    assert taken == ["writing0", "z0", "math2", "writing1", "math3", "math4"]
 
 
 def test_calibration_measures_and_chooses(config: Config) -> None:

@@ -167,7 +167,10 @@ def test_prompts_round_trip_with_every_line_separator(tmp_path):
     "line",
     ["42", "{", '{"id": "a", "task": "t"}', '{"id": 1, "task": "t", "messages": []}',
      '{"id": "a", "task": "t", "messages": [{"role": "robot", "content": "x"}]}',
-     '{"id": "a", "task": "t", "messages": [{"role": "user", "content": 3}]}'],
+     '{"id": "a", "task": "t", "messages": [{"role": "user", "content": 3}]}',
+     '{"question_id": 1, "turns": ["x"]}', '{"question_id": 1, "category": "qa", "turns": []}',
+     '{"question_id": 1, "category": "qa", "turns": ["x", ""]}', '{"prompt": ""}', '""',
+     '{"question_id": null, "category": "qa", "turns": ["x"]}'],
 )  # fmt: skip
 def test_a_line_that_is_no_prompt_is_named(tmp_path, line):
     path = tmp_path / "prompts.jsonl"
@@ -176,6 +179,45 @@ def test_a_line_that_is_no_prompt_is_named(tmp_path, line):
     )
     with pytest.raises(InputError, match="line 2"):
         read_prompts(path)
+
+
+def test_question_files_and_plain_prompts_are_read_too(tmp_path):
+    questions, plain = tmp_path / "question.jsonl", tmp_path / "plain.jsonl"
+    questions.write_text(
+        '{"question_id": 81, "category": "writing", "turns": ["Write.", "Again."], '
+        '"reference": ["a", "b"]}\n'
+        '{"question_id": 81, "category": "summarization", "turns": ["Sum up."]}\n'
+    )
+    plain.write_text('"Who?"\n\n{"prompt": "Why?", "id": "why"}\n')
+    ask, sum_up = Message("user", "Write."), Message("user", "Sum up.")
+    assert read_prompts(questions, plain) == [
+        Prompt("writing/81", "mt_bench", (ask,), ("Again.",), "writing"),
+        Prompt("summarization/81", "summarization", (sum_up,), (), "summarization"),
+        Prompt("plain/1", "plain", (Message("user", "Who?"),)),
+        Prompt("why", "plain", (Message("user", "Why?"),)),
+    ]  # fmt: skip
+
+
+def test_a_turn_is_asked_on_top_of_the_answers_before_it():
+    prompt = Prompt("q", "t", (Message("user", "1"),), ("2", "3"))
+    assert prompt.ids() == ["q/1", "q/2", "q/3"]
+    assert prompt.ids(2) == ["q/1", "q/2"] and prompt.ids(1) == ["q"]
+    assert [(m.role, m.content) for m in prompt.after(["a"])] == [
+        ("user", "1"), ("assistant", "a"), ("user", "2"),
+    ]  # fmt: skip
+    assert prompt.after([]) == prompt.messages
+
+
+def test_two_prompts_of_one_name_are_refused(tmp_path):
+    one, two = tmp_path / "one.jsonl", tmp_path / "two.jsonl"
+    line = '{"question_id": 1, "category": "qa", "turns": ["x", "y"]}\n'
+    one.write_text(line), two.write_text(line)
+    with pytest.raises(InputError, match=r"two.jsonl, line 1: id='qa/1' .* in .*one.jsonl"):
+        read_prompts(one, two)
+    # A turn's name counts too: results are kept by it.
+    two.write_text('{"prompt": "z", "id": "qa/1/2"}')
+    with pytest.raises(InputError, match=r"id='qa/1/2' has been used before"):
+        read_prompts(one, two)
 
 
 def test_prompts_that_training_has_seen_are_left_out(tmp_path):

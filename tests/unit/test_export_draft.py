@@ -415,3 +415,21 @@ def test_another_targets_head_is_not_exported(
     assert "was trained for target ffffffffffff" in capsys.readouterr().err
     with pytest.raises(MismatchError):
         load_head(tmp_path / "other", target_fingerprint="e" * 64)
+
+
+def test_a_head_in_aeries_own_format_and_half_the_size(
+    tmp_path: Path, saved: Path, tiny_target_folder: Path
+) -> None:
+    arguments = _arguments(saved, tiny_target_folder, tmp_path / "out", "export.format=aerie")
+    assert export_draft.main([*arguments, "export.dtype=bfloat16"]) == 0
+    written = tmp_path / "out" / "head"
+    before, after = load_head(saved), load_head(written)
+    assert {t.dtype for t in after.eagle_tensors().values()} == {torch.bfloat16}
+    for name, tensor in before.eagle_tensors().items():
+        assert torch.equal(tensor.bfloat16(), after.eagle_tensors()[name]), name
+    assert torch.equal(before.vocabulary.d2t_W, after.vocabulary.d2t_W)
+    sizes = [(folder / "model.safetensors").stat().st_size for folder in (saved, written)]
+    assert sizes[1] < 0.6 * sizes[0]
+    # What is known of it is kept, the target it was trained for above all.
+    old, new = (json.loads((f / "aerie.json").read_text()) for f in (saved, written))
+    assert old.items() <= new.items() and old["target_fingerprint"]

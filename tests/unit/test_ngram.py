@@ -107,7 +107,11 @@ def test_copied_nodes_alone_are_continuation_by_continuation() -> None:
 
 
 def test_without_a_match_the_draft_stays() -> None:
-    assert merge(TREE, [], 3) is TREE
+    assert merge(TREE, [], TREE.size) is TREE
+
+
+def test_without_room_the_first_ranks_stay() -> None:
+    assert _paths(merge(TREE, [], 3)) == [(), (1,), (1, 3)]
 
 
 _continuations = st.lists(

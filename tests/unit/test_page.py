@@ -25,7 +25,8 @@ CALIBRATION = {
 def _report(*, rounds: int = 3, calibration: dict[str, Any] | None = CALIBRATION) -> dict[str, Any]:
     def answer(way: str, size: int) -> Answer:
         accepted = (2,) * rounds if size > 1 else (1,) * rounds
-        depths = (1,) * rounds if size > 1 else (0,) * rounds
+        # Two of three rounds accept one token at least, one of these two.
+        depths = (0, 1, 2)[:rounds] if size > 1 else (0,) * rounds
         return Answer(way, (1, 2, 3), 1.0 / size, rounds, accepted, depths, size)
 
     answers = {
@@ -48,10 +49,15 @@ def _report(*, rounds: int = 3, calibration: dict[str, Any] | None = CALIBRATION
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    for name, _ in PLOTS:
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_bytes(b"\x89PNG of " + name.encode())
+    for stage, name, _ in PLOTS:
+        (tmp_path / stage).mkdir(exist_ok=True)
+        (tmp_path / stage / name).write_bytes(b"\x89PNG of " + name.encode())
     return tmp_path
+
+
+def _write(folder: Path, reports: dict[str, Any], samples: list[dict[str, Any]]) -> str:
+    folders = {stage: folder / stage for stage in ("train_draft", "evaluate_draft")}
+    return write_page(folder / "report.html", folders, reports, samples).read_text()
 
 
 def test_rows_have_names_for_people() -> None:
@@ -77,20 +83,26 @@ def test_the_page_stands_alone(folder: Path, calibration: dict[str, Any] | None)
         "prepare_data": {"examples": 640},
         "evaluate_draft": _report(calibration=calibration),
     }
-    path = write_page(folder, reports, [])
-    page = path.read_text()
-    assert path == folder / "report.html"
+    page = _write(folder, reports, [])
     images = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
     assert [base64.b64decode(image) for image in images] == [
-        b"\x89PNG of " + name.encode() for name, _ in PLOTS
+        b"\x89PNG of " + name.encode() for _, name, _ in PLOTS
     ]
     assert "http://" not in page and "https://" not in page
     assert "untrained head, 60 nodes" in page and "2/3 and 1 near-ties" in page.replace(
         "&#39;", "'"
     )
     assert "3.0e-05" in page and "640" in page
+    by_task = page[page.index("By task and depth") :]
+    assert "<td>first_turn</td>" in by_task and "<td>67%</td><td>50%</td>" in by_task
     assert ("8 (chosen)" in page) == (calibration is not None)
     assert ("Fixed by the configuration: 8 nodes" in page) == (calibration is None)
+
+
+def test_an_evaluation_alone_has_a_page_too(folder: Path) -> None:
+    plots = {"evaluate_draft": folder / "evaluate_draft"}
+    page = write_page(folder / "page.html", plots, {"evaluate_draft": _report()}, []).read_text()
+    assert page.count("data:image/png") == 2 and "Speedup by task" in page
 
 
 def test_what_a_model_wrote_is_shown_and_not_run(folder: Path) -> None:
@@ -100,7 +112,7 @@ def test_what_a_model_wrote_is_shown_and_not_run(folder: Path) -> None:
         "prompt_tokens": 4,
         "text": "<script>alert(1)</script> τ & more",
     }
-    page = write_page(folder, {"evaluate_draft": _report()}, [sample]).read_text()
+    page = _write(folder, {"evaluate_draft": _report()}, [sample])
     assert "<script>" not in page
     assert "&lt;script&gt;alert(1)&lt;/script&gt; τ &amp; more" in page
 
@@ -110,7 +122,8 @@ def test_the_table_in_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     shown = capsys.readouterr().out
     assert re.search(r"chosen tree, 8 nodes +│ +1 │ +2\.00 │ +24\.0 │ +8\.00×", shown)
     assert re.search(r"HF generate +│ +1 │ +– │", shown)
-    assert "first_turn: speedup 8.00×, τ 2.00" in shown
+    assert re.search(r"first_turn │ chosen tree, 8 nodes +│ 2\.00 │ +8\.00× │ 67% │ 50% │", shown)
+    assert re.search(r"overall +│ chosen tree, 8 nodes", shown)
     assert "repetition rate of the outputs: 0.0%" in shown
     assert "lossless: 2/3 and 1 near-ties" in shown
     assert "a/1 (tree_60): differs from token 2 on" in shown
@@ -122,14 +135,14 @@ def test_answers_of_one_token_have_no_accepted_length(
     """Every answer ended with the prompt's own pass."""
     report = _report(rounds=0)
     print_table(report)
-    assert "first_turn: speedup 8.00×, τ –" in capsys.readouterr().out
-    assert "chosen tree, 8 nodes" in write_page(folder, {"evaluate_draft": report}, []).read_text()
+    assert re.search(r"chosen tree, 8 nodes +│ +– │ +8\.00×", capsys.readouterr().out)
+    assert "chosen tree, 8 nodes" in _write(folder, {"evaluate_draft": report}, [])
     assert all(path.exists() for path in plot_evaluation(report, folder))
 
 
 def test_plots_are_pictures(tmp_path: Path) -> None:
     paths = plot_evaluation(_report(), tmp_path)
-    assert {f"evaluation/{path.name}" for path in paths} <= {name for name, _ in PLOTS}
+    assert {path.name for path in paths} <= {name for _, name, _ in PLOTS}
     for path in paths:
         with Image.open(path) as picture:
             assert picture.width > 400 and len(set(picture.convert("RGB").getdata())) > 3

@@ -7,17 +7,22 @@ import socket
 from pathlib import Path
 
 import pytest
+from ray._private.thirdparty.pathspec import PathSpec
 
-from core.config import Config
+from core.config import Config, load_config
 from core.draft.base import TargetGeometry, build_head
 from core.draft.folder import save_head
 from core.draft.vocabulary import DraftVocabulary
+from core.models.target import target_fingerprint
 from core.models.tiny import save_tiny_target, tiny_config
+from core.paths import resolve_path
+from core.runtime.conversion import with_converted_target
 from serve import run
 from serve.app import build_app
 from tests.e2e.serving import free_port
 
 CONFIG = Path(__file__).parents[2] / "configs" / "serve_smollm2.yaml"
+HEAD = Path(__file__).parents[2] / "serve" / "heads" / "smollm2-135m-instruct"
 
 
 @pytest.fixture
@@ -26,14 +31,55 @@ def target(tmp_path: Path) -> Path:
     return tmp_path / "target"
 
 
-def test_without_the_quick_start(
+def test_the_target_is_made_first_and_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert run.main(["--config", str(CONFIG)]) == 2
-    error = capsys.readouterr().err
-    assert "target.path=runs/quickstart/target/model" in error
-    assert "make quickstart" in error
+    arguments = ["output=made", "convert.source=tiny-random", "draft.path=nowhere"]
+    for said in ("→", "finished before, skipped"):
+        # The head is looked for next, and stops it before anything is served.
+        assert run.main(arguments) == 2
+        shown = capsys.readouterr()
+        assert said in shown.out and "draft.path=nowhere" in shown.err
+    checked = run.check(with_converted_target(Config.model_validate(
+        {"output": "made", "convert": {"source": "tiny-random"}}
+    )))  # fmt: skip
+    assert checked.target.path == str(tmp_path / "made" / "model")
+
+
+def test_a_target_that_is_named_is_taken_and_none_is_made(tmp_path: Path) -> None:
+    config = load_config(str(CONFIG), [f"target.path={tmp_path}", f"output={tmp_path / 'made'}"])
+    assert with_converted_target(config) == config
+    assert not (tmp_path / "made").exists()
+
+
+def test_the_published_heads_place_is_the_same_on_every_node(target: Path) -> None:
+    """Ray unpacks Aerie's code elsewhere on each; a path of this machine would be none there."""
+    place = load_config(str(CONFIG), []).draft.path or ""
+    assert place == "pkg://serve/heads/smollm2-135m-instruct"
+    assert resolve_path(place, field="draft.path") == HEAD
+
+
+def test_a_head_in_a_package_stays_an_address(
+    target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = target.parent / "some_package"
+    head = build_head(
+        Config().draft, TargetGeometry.of(tiny_config(259)), DraftVocabulary.whole(259)
+    )
+    save_head(package / "head", head, {"target_fingerprint": target_fingerprint(target)})
+    (package / "__init__.py").touch()
+    monkeypatch.syspath_prepend(target.parent)
+    config = load_config(None, [f"target.path={target}", "draft.path=pkg://some_package/head"])
+    assert run.check(config).draft.path == "pkg://some_package/head"
+
+
+def test_the_published_head_goes_with_the_code() -> None:
+    """Other weights do not; this is how Ray reads the file."""
+    lines = (HEAD.parents[2] / ".rayignore").read_text().splitlines()
+    left_out = PathSpec.from_lines("gitwildmatch", lines).match_file
+    assert not left_out("serve/heads/smollm2-135m-instruct/model.safetensors")
+    assert left_out("model.safetensors") and left_out("serve/web/model.safetensors")
 
 
 def test_without_the_head(target: Path, capsys: pytest.CaptureFixture[str]) -> None:

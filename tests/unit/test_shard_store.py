@@ -17,7 +17,6 @@ from core.data.feature_shards import (
     FeatureDataset,
     finished_record,
     sidecar,
-    store_of,
     verify_shard,
     write_feature_shard,
 )
@@ -83,7 +82,7 @@ def test_what_the_store_has_is_read_through_the_cache(manifest: Manifest, tmp_pa
     assert torch.equal(dataset[2].features, torch.arange(120.0).view(15, 1, 8)[6:])
     stored(tmp_path).write_bytes(b"")
     # Fetched once, never again.
-    cached = store_of(manifest).local_file(dataset._shards[0], dataset._records[0].checksum)
+    cached = manifest.files.local_file(dataset._shards[0], dataset._records[0].checksum)
     assert cached.is_relative_to(tmp_path / "cache")
     assert len(list(cached.parent.iterdir())) == 1
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,13 @@ from core.data.template import encode_prompt
 from core.decode.cache import SequenceCache
 from core.errors import ConfigError, InputError
 from core.models.packed import PackedLinear
-from core.models.target import Target, load_target, load_tokenizer, target_folder
+from core.models.target import (
+    Target,
+    load_target,
+    load_tokenizer,
+    target_fingerprint,
+    target_folder,
+)
 from core.models.tiny import byte_tokenizer, tiny_config
 
 IDS_BT = torch.tensor([[1, 17, 80, 33, 200], [1, 90, 12, 0, 0]])
@@ -195,3 +202,17 @@ def test_a_tokenizer_without_template_speaks_its_familys(
     assert "USER: hi ASSISTANT:" in target.tokenizer.decode(
         encode_prompt(target.tokenizer, question)
     )
+
+
+def test_the_release_that_saved_a_model_is_no_part_of_its_fingerprint(
+    tiny_target_folder: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(tiny_target_folder, tmp_path / "copy"))
+    about = (folder / "config.json").read_text()
+    assert '"transformers_version"' in about
+    before = target_fingerprint(tiny_target_folder)
+    changed = re.sub(r'"transformers_version": ".*"', '"transformers_version": "9.99.1"', about)
+    (folder / "config.json").write_text(changed)
+    assert target_fingerprint(folder) == before
+    (folder / "config.json").write_text(about.replace('"rms_norm_eps"', '"other_eps"'))
+    assert target_fingerprint(folder) != before

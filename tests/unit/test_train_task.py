@@ -62,6 +62,17 @@ def test_parameters_of_a_head_with_its_own_output_layer(eagle3_folders: tuple[Pa
     assert count_parameters(config, eagle3_folders[0]) == made
 
 
+def test_an_output_layer_may_begin_as_the_targets(eagle3_folders: tuple[Path, Path]) -> None:
+    output_head_VH = load_output_head(eagle3_folders[0])
+    for start, same in (("random", False), ("target", True)):
+        draft = {"kind": "eagle3", "vocab_size": 30, "output_init": start}
+        task = prepare(_config().replace(draft=draft), str(eagle3_folders[0]), eagle3_folders[1])
+        head = task.new_head()
+        head.start_from(output_head_VH)
+        rows_WH = task.vocabulary.rows(output_head_VH).float()
+        assert torch.equal(head.state_dict()["lm_head.weight"], rows_WH) is same
+
+
 def test_features_without_the_heads_layers_are_refused(folders: tuple[Path, Path]) -> None:
     config = Config().replace(draft={"kind": "eagle3"}, train={"global_batch_size": 8})
     said = (

@@ -37,12 +37,14 @@ class ExportTarget:
         architectures: of its `config.json`.
         geometry: its own.
         num_layers: decoder layers.
+        fingerprint: of its weights and config; empty where it is not known.
     """
 
     path: str
     architectures: tuple[str, ...]
     geometry: TargetGeometry
     num_layers: int
+    fingerprint: str = ""
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,10 @@ from core.draft.base import DraftHead
 from core.draft.formats.common import ExportedHead, ExportTarget, HeadFormat, ReadHead
 from core.draft.formats.files import HeadFolder
 from core.draft.formats.public import (
+    EAGLES_OWN,
     build,
     check_supported,
+    drafts_from_all,
     geometry_of,
     layers_of,
     llama_config,
@@ -29,10 +31,7 @@ class EagleFormat(HeadFormat):
     """What the papers' code reads, and every checkpoint that its authors published."""
 
     name: ClassVar[str] = "eagle"
-    holds: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        "eagle1": (),
-        "eagle3": ("qkv_bias", "norm_before_residual"),
-    }
+    holds: ClassVar[Mapping[str, tuple[str, ...]]] = EAGLES_OWN
 
     def recognizes(self, folder: HeadFolder) -> bool:
         """See base class: a config of one layer that names no engine's class."""
@@ -79,11 +78,7 @@ class EagleFormat(HeadFormat):
         if "lm_head.weight" in tensors:
             config["draft_vocab_size"] = head.vocabulary.size
         elif not head.vocabulary.is_whole:
-            differences.append(
-                f"EAGLE's code scores all {head.vocabulary.target_size} tokens of the target, not "
-                f"the {head.vocabulary.size} of the head's draft vocabulary: slower drafts, and "
-                "some of tokens that it never learnt to guess"
-            )
+            differences.append(drafts_from_all("EAGLE's code", head))
         return ExportedHead(
             config=config,
             tensors=tensors,

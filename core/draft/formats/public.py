@@ -26,6 +26,11 @@ LAYER, MIDLAYER = "layers.0.", "midlayer."
 # One name, and a convention of each engine.
 LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
 EAGLE3_ONLY = "layers.0.hidden_norm.weight"
+# Settings of each algorithm's heads that EAGLE's code and SGLang, which came from it, run.
+EAGLES_OWN: Mapping[str, tuple[str, ...]] = {
+    "eagle1": (),
+    "eagle3": ("qkv_bias", "norm_before_residual"),
+}
 # What a config may ask for that Aerie's heads do not do. A head run without it would draft
 # nonsense, and show it by nothing but a low acceptance.
 NOT_DONE = {
@@ -251,3 +256,13 @@ def token_map(head: DraftHead) -> Tensor | None:
     if head.vocabulary.is_whole or "d2t" in head.eagle_tensors():
         return None
     return head.vocabulary.d2t_W
+
+
+def drafts_from_all(engine: str, head: DraftHead) -> str:
+    """What an engine does otherwise that has no place for an EAGLE-1 head's draft vocabulary."""
+    vocabulary = head.vocabulary
+    return (
+        f"{engine} drafts EAGLE-1 from all {vocabulary.target_size} tokens of the target, not from "
+        f"the {vocabulary.size} of the head's draft vocabulary: slower drafts, and some of tokens "
+        "that it never learnt to guess"
+    )

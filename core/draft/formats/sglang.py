@@ -19,9 +19,11 @@ from core.draft.base import DraftHead
 from core.draft.formats.common import ExportedHead, ExportTarget, HeadFormat, ReadHead
 from core.draft.formats.files import TOKEN_MAP, HeadFolder
 from core.draft.formats.public import (
+    EAGLES_OWN,
     LAYER_IDS,
     build,
     check_supported,
+    drafts_from_all,
     geometry_of,
     layers_of,
     llama_config,
@@ -34,10 +36,7 @@ class SglangFormat(HeadFormat):
     """What SGLang serves and SpecForge trains."""
 
     name: ClassVar[str] = "sglang"
-    holds: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        "eagle1": (),
-        "eagle3": ("qkv_bias", "norm_before_residual"),
-    }
+    holds: ClassVar[Mapping[str, tuple[str, ...]]] = EAGLES_OWN
 
     def recognizes(self, folder: HeadFolder) -> bool:
         """See base class: classes `…ForCausalLMEagle` and `…ForCausalLMEagle3`."""
@@ -101,12 +100,7 @@ class SglangFormat(HeadFormat):
         command, differences = _command("EAGLE", target), []
         if ids_W is not None:
             command += f" --speculative-token-map <head>/{TOKEN_MAP}"
-            differences.append(
-                f"SGLang drafts from the head's {head.vocabulary.size} tokens only where "
-                f"--speculative-token-map is given; without it from all "
-                f"{head.vocabulary.target_size}: slower drafts, and some of tokens that it never "
-                "learnt to guess"
-            )
+            differences.append(drafts_from_all("Without --speculative-token-map SGLang", head))
         return ExportedHead(
             config=config,
             tensors=tensors,

@@ -19,6 +19,7 @@ from core.draft.formats.public import (
     LAYER_IDS,
     build,
     check_supported,
+    drafts_from_all,
     geometry_of,
     layers_of,
     llama_config,
@@ -86,11 +87,7 @@ class VllmFormat(HeadFormat):
             config["qkv_bias"] = True
         differences = [CHAIN]
         if not head.vocabulary.is_whole:
-            differences.append(
-                f"vLLM drafts EAGLE-1 from all {head.vocabulary.target_size} tokens of the target, "
-                f"not from the {head.vocabulary.size} of the head's draft vocabulary: slower "
-                "drafts, and some of tokens that it never learnt to guess"
-            )
+            differences.append(drafts_from_all("vLLM", head))
         return ExportedHead(
             config=config,
             tensors=own_tensors(head),

@@ -1,0 +1,32 @@
+"""The sections of the configuration. Every field says its meaning and its unit."""
+
+from core.config.sections.cluster import ClusterConfig
+from core.config.sections.data import (
+    DataConfig,
+    FeaturesConfig,
+    FormatName,
+    GenerateConfig,
+    RuleName,
+)
+from core.config.sections.decoding import BenchmarkConfig, DecodeConfig, EvalConfig, ServeConfig
+from core.config.sections.models import ConvertConfig, ExportConfig, TargetConfig, TemplateName
+from core.config.sections.training import TrackingConfig, TrainConfig
+
+__all__ = [
+    "BenchmarkConfig",
+    "ClusterConfig",
+    "ConvertConfig",
+    "DataConfig",
+    "DecodeConfig",
+    "EvalConfig",
+    "ExportConfig",
+    "FeaturesConfig",
+    "FormatName",
+    "GenerateConfig",
+    "RuleName",
+    "ServeConfig",
+    "TargetConfig",
+    "TemplateName",
+    "TrackingConfig",
+    "TrainConfig",
+]

@@ -1,0 +1,144 @@
+"""The speculative decoder: how it decodes, how it is measured and served."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from core.config.base import Section, field, setting
+
+TreeSize = Annotated[int, Field(ge=1)]
+
+
+class DecodeConfig(Section):
+    """The speculative decoder."""
+
+    total_tokens: int | Literal["auto"] = field(
+        "auto",
+        "nodes of the draft tree, the root included; 1 is plain decoding; auto measures what "
+        "pays on this machine",
+    )
+    depth: int = field(5, "expansions after the root's (the tree is one deeper)", ge=0, le=16)
+    top_k: int = field(10, "children an expansion, and nodes kept a level", ge=1, le=64)
+    ngram_match: int = field(
+        0,
+        "tokens at the end of the text that must have occurred before, in prompt or output, for "
+        "what followed them to be drafted too, with or without a draft head; 0 copies nothing",
+        ge=0,
+        le=16,
+    )
+    ngram_branches: int = field(
+        3, "matches that are copied a round, depth + 1 tokens each; total_tokens bounds all", ge=1
+    )
+    temperature: float = field(0.0, "0 is greedy", ge=0)
+    top_p: float = field(1.0, "nucleus of the target's distribution", gt=0, le=1)
+    sample_top_k: int = field(0, "likeliest tokens that are sampled from; 0 takes all", ge=0)
+    min_p: float = field(
+        0.0,
+        "least probability that is sampled, as a share of the likeliest token's; 0 takes all",
+        ge=0,
+        le=1,
+    )
+    repetition_penalty: float = field(
+        1.0,
+        "logits of tokens in prompt or output are divided by it where positive, else multiplied; "
+        "1 leaves them",
+        gt=0,
+    )
+    presence_penalty: float = field(
+        0.0, "taken off the logit of each token in the output", ge=-2, le=2
+    )
+    frequency_penalty: float = field(
+        0.0, "taken off as often as the output has the token", ge=-2, le=2
+    )
+    max_context: int = field(
+        4096, "longest sequence, in tokens: prompt, output and tree together", ge=32
+    )
+    cache_tokens: int = setting(
+        16384,
+        "rows of the KV cache, in tokens: of all sequences that are decoded at the same time, or "
+        "were not long ago; bounds the cache's memory",
+        ge=32,
+    )
+    batch_size: int = setting(16, "most sequences decoded at the same time", ge=1)
+    max_waiting: int = setting(64, "requests that may wait for their turn", ge=1)
+    prefill_chunk: int = setting(
+        512, "tokens of prompts read a round: how long the other sequences may be held up", ge=1
+    )
+    reuse_prefixes: bool = setting(
+        True,
+        "keep what was computed for an answer while there is room, for a request that begins with "
+        "the same tokens, such as a conversation's next turn",
+    )
+
+    @property
+    def most_tokens(self) -> int:
+        """Nodes that are ever proposed, the root included; no tree is larger."""
+        return 1 + self.top_k + self.depth * self.top_k**2
+
+    @model_validator(mode="after")
+    def _tree_fits(self) -> DecodeConfig:
+        if self.total_tokens != "auto" and not 1 <= self.total_tokens <= self.most_tokens:
+            raise ValueError(
+                f"decode.total_tokens={self.total_tokens} is outside 1..{self.most_tokens}, which "
+                f"top_k={self.top_k} and depth={self.depth} allow; change one of them"
+            )
+        return self
+
+
+class EvalConfig(Section):
+    """What evaluate_draft measures."""
+
+    prompts: str | tuple[str, ...] | None = setting(
+        None,
+        "prompts, or a list of such files: JSONL of id, task, messages; of question_id, category, "
+        "turns (MT-bench, Spec-Bench); or of plain prompts",
+    )
+    max_prompts: int | None = field(
+        None, "take at most so many prompts, spread over tasks; null takes all", ge=1
+    )
+    turns: int | None = field(
+        None,
+        "turns asked of a prompt that has several, each on top of the target's own answers; null "
+        "asks all",
+        ge=1,
+    )
+    max_new_tokens: int = field(64, "tokens generated a prompt", ge=1)
+    fixed_total_tokens: tuple[TreeSize, ...] = field(
+        (60,), "tree sizes measured beside decode.total_tokens"
+    )
+    untrained_prompts: int = field(
+        4, "prompts on which an untrained head's accepted length is measured", ge=0
+    )
+    hf_generate_prompts: int = field(
+        4, "prompts on which HF generate is timed as a second baseline", ge=0
+    )
+    cpus: float = field(2.0, "CPUs of the evaluating process; also its threads", gt=0)
+    gpus: float = field(0.0, "GPUs of the evaluating process", ge=0)
+
+
+class BenchmarkConfig(Section):
+    """What is measured side by side."""
+
+    name: Literal["extraction", "training"] = field(
+        "extraction",
+        "extraction: features the reference way (batch 1, one file a sample), by the bare loop, "
+        "and by the Ray pipeline; training: a head by EAGLE's step (padded batches, the whole "
+        "vocabulary at every position) and by Aerie's",
+    )
+    repeats: int = field(3, "times that every way is run, in turn", ge=1)
+    max_tokens: int = field(40000, "tokens that a way goes through in a repeat", ge=256)
+
+
+class ServeConfig(Section):
+    """The HTTP service."""
+
+    host: str = setting("127.0.0.1", "address to listen on")
+    port: int = setting(8000, "port to listen on", ge=1, le=65535)
+    model_name: str = setting("aerie", "the model's name in the API")
+    replicas: int = setting(1, "least decoder replicas", ge=1)
+    max_replicas: int = setting(1, "most decoder replicas under load", ge=1)
+    cpus_per_replica: float = setting(2.0, "CPUs a replica; also its threads", gt=0)
+    gpus_per_replica: float = setting(0.0, "GPUs a replica", ge=0)
+    max_new_tokens: int = setting(512, "tokens generated where a request names no limit", ge=1)

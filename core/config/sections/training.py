@@ -1,0 +1,113 @@
+"""How a model is trained, and where its figures go."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from core.config.base import Section, field, setting
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+class TrainConfig(Section):
+    """How a model is trained."""
+
+    parallelism: Literal["ddp", "zero0", "zero1", "zero2", "zero3"] = field(
+        "zero1",
+        "what workers divide: DeepSpeed's ZeRO stage (1 the optimizer's state, 2 gradients too, 3 "
+        "weights too), or ddp: nothing, by torch alone",
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] = field(
+        "float32", "dtype of the computation; float16 scales the loss, and wants GPUs or ddp"
+    )
+    num_workers: int = setting(
+        2,
+        "training processes; a run goes on with another number, and its result is the same up to "
+        "rounding",
+        ge=1,
+    )
+    cpus_per_worker: float = setting(1.0, "CPUs a process; also its threads", gt=0)
+    gpus_per_worker: float = setting(0.0, "GPUs a process", ge=0)
+    global_batch_size: int = field(
+        16, "sequences an optimizer step, over all workers; a multiple of num_workers", ge=1
+    )
+    micro_batch_size: int = setting(
+        8, "sequences a forward pass of one worker; lower it where memory is short", ge=1
+    )
+    gradient_checkpointing: bool = setting(
+        False, "compute activations again in the backward pass: less memory, more time"
+    )
+    max_length: int = field(512, "longest training sequence, in tokens; longer ones are cut", ge=8)
+    lr: float = field(3e-5, "peak learning rate of AdamW", gt=0)
+    betas: tuple[Beta, Beta] = field((0.9, 0.95), "AdamW's betas")
+    weight_decay: float = field(0.0, "AdamW's weight decay", ge=0)
+    warmup_steps: int = field(2000, "steps of linear warm-up", ge=0)
+    schedule: Literal["cosine", "constant"] = field("cosine", "learning rate after warm-up")
+    clip: float = field(0.5, "largest gradient norm", gt=0)
+    ema: float = field(
+        0.0,
+        "decay of a moving average of the weights, which is evaluated and saved in their place, "
+        "such as 0.999; 0 for none",
+        ge=0,
+        lt=1,
+    )
+    epochs: int = field(20, "passes over the training data", ge=1)
+    max_steps: int | None = field(None, "stop after so many optimizer steps", ge=1)
+    eval_every: int = field(200, "steps between evaluations on held-out features", ge=1)
+    accepted_depth: int = field(
+        5, "tokens drafted ahead where evaluations simulate the accepted length", ge=1, le=16
+    )
+    accepted_tokens: int = field(
+        16384, "held-out tokens on which they do so, each time; 0 for none", ge=0
+    )
+    keep: Literal["best", "last"] = field(
+        "best",
+        "the head that is saved: of the evaluation with the largest accepted length, or of the "
+        "last step; without held-out features it is the last one's",
+    )
+    checkpoint_every: int = field(100, "steps between checkpoints", ge=1)
+    keep_checkpoints: int = setting(
+        2, "latest checkpoints that are kept; each has the best head so far with it", ge=1
+    )
+    max_failures: int = setting(3, "lost workers that are survived; -1 for any number", ge=-1)
+    seed: int = field(0, "seed of initialization, data order and noise")
+
+    @model_validator(mode="after")
+    def _batch_divides(self) -> TrainConfig:
+        if self.global_batch_size % self.num_workers:
+            raise ValueError(
+                f"train.global_batch_size={self.global_batch_size} is not a multiple of "
+                f"train.num_workers={self.num_workers}; change one of them"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _precision_is_possible(self) -> TrainConfig:
+        where = f"train.parallelism={self.parallelism} with train.dtype={self.dtype}"
+        if self.parallelism == "zero0" and self.dtype != "float32":
+            raise ValueError(
+                f"{where}: DeepSpeed would add up gradients in {self.dtype}; choose "
+                "train.parallelism=zero1 or ddp, which add them up in float32"
+            )
+        if self.parallelism != "ddp" and self.dtype == "float16" and not self.gpus_per_worker:
+            raise ValueError(
+                f"{where}: DeepSpeed has no float16 on CPU; choose train.dtype=bfloat16, which "
+                "needs no loss scaling, or train.parallelism=ddp, or set train.gpus_per_worker"
+            )
+        return self
+
+
+class TrackingConfig(Section):
+    """Where metrics go besides <output>/metrics.jsonl."""
+
+    wandb: Literal["auto", "disabled", "offline", "online"] = setting(
+        "auto",
+        "Weights & Biases mode; auto is online where the training worker has an API key "
+        "(WANDB_API_KEY, or `wandb login`), else offline: `wandb sync <output>/wandb/*` sends it",
+    )
+    project: str = setting("aerie", "Weights & Biases project")
+    wandb_seconds: float = setting(
+        30.0, "longest that Weights & Biases may keep a run waiting at its start and its end", gt=0
+    )
