@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from core.config import DRAFT_CONFIGS, DecodeConfig
-from core.decode.engine import Round, SpeculativeDecoder
+from core.decode.engine import SpeculativeDecoder
+from core.decode.requests import Round
 from core.decode.sampling import SamplingSettings
 from core.decode.tree import PLAIN, TreePlan
 from core.draft.base import DraftHead, DraftOutput

@@ -122,7 +122,7 @@ class Crowd:
     def check_rows(self) -> None:
         """Every row is free, of a sequence at work, or kept, and of one alone."""
         scheduler = self.decoder.scheduler
-        held = [one.stretch for one in (*scheduler.running, *scheduler.kept)]
+        held = [one.stretch for one in scheduler.running] + [one.stretch for one in scheduler.kept]
         rows = [row for one in held if one is not None for row in range(one.first, one.end)]
         assert len(rows) == len(set(rows)) == scheduler.space.num_rows - scheduler.space.num_free
         assert len(scheduler.running) <= self.decoder.config.batch_size
