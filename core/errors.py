@@ -9,6 +9,7 @@ A message says what is wrong, what was got, and what to do::
     │   ├── ResourceError        too few CPUs or GPUs, too little memory or disk
     │   └── MismatchError        two artifacts that do not belong together (head and target, …)
     ├── ShapeError (ValueError)  a tensor of the wrong shape: a caller's mistake
+    ├── BusyError                more requests than may wait: the same one may succeed later
     └── StageError               a stage failed for a reason that is not the user's: exit code 1
 """
 
@@ -41,6 +42,10 @@ class MismatchError(UserError):
 
 class ShapeError(AerieError, ValueError):
     """A tensor has the wrong shape."""
+
+
+class BusyError(AerieError):
+    """More requests wait already than may."""
 
 
 class StageError(AerieError):

@@ -16,7 +16,8 @@ from serve.protocol import Accepted, Event, Finished, Generation, Progressed, Re
 from serve.text import TextStream
 
 if TYPE_CHECKING:
-    from core.decode.engine import Round, SpeculativeDecoder
+    from core.decode.engine import SpeculativeDecoder
+    from core.decode.requests import Round
 
 
 class DecoderReplica:

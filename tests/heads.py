@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -11,10 +11,11 @@ from torch import Tensor
 from core.config import DRAFT_CONFIGS
 from core.config.draft.eagle1 import Eagle1Config
 from core.draft.base import (
+    DraftBeams,
     DraftCache,
     DraftHead,
-    DraftNodes,
     DraftOutput,
+    DraftPlace,
     TargetGeometry,
     build_head,
 )
@@ -42,14 +43,6 @@ def random_head(
     return head
 
 
-@dataclass
-class _Told:
-    """What an oracle knows of a sequence."""
-
-    tokens: list[int] = field(default_factory=list)
-    tree: list[tuple[int, ...]] = field(default_factory=list)
-
-
 class OracleHead(Eagle1Head):
     """Proposes the target's own next token with probability `skill`, else another one.
 
@@ -64,48 +57,83 @@ class OracleHead(Eagle1Head):
         head = cls(Eagle1Config(), geometry, DraftVocabulary.whole(geometry.vocab_size))
         head.attach_target(load_embedding(folder), load_output_head(folder))
         head.prepare_for_inference(packed=False)
-        head.target, head.skill, head.told = target, skill, _Told()
-        head.known = {}
+        head.target, head.skill = target, skill
+        head.known, head.trees = {}, {}
         return head
 
     target: Target
     skill: float
-    told: _Told
+    first_id: int
+    trees: dict[int, list[tuple[int, ...]]]
     known: dict[tuple[int, ...], Tensor]
 
     def start(self, first_id: int) -> None:
-        """The first prompt token, which a head never gets to read."""
-        self.told = _Told([first_id])
+        """The first token of all prompts, which a head never gets to read."""
+        self.first_id = first_id
 
-    def extend(self, cache: DraftCache, features_TLH: Tensor, next_ids_T: Tensor) -> DraftOutput:
-        del self.told.tokens[cache.committed + 1 :]
-        self.told.tokens += next_ids_T.tolist()
-        self.told.tree = []
-        cache.committed = cache.length = cache.committed + len(next_ids_T)
-        return self._answer([tuple(self.told.tokens)])
+    def new_cache(self, max_tokens: int) -> DraftCache:
+        """Rows hold the tokens that were read."""
+        return DraftCache(torch.zeros(1, 1, max_tokens, 1), torch.zeros(1, 1, max_tokens, 1))
 
-    def step(self, cache: DraftCache, nodes: DraftNodes) -> DraftOutput:
-        tree = self.told.tree
+    def extend_all(
+        self,
+        cache: DraftCache,
+        places: Sequence[DraftPlace],
+        counts: Sequence[int],
+        features_NLH: Tensor,
+        next_ids_N: Tensor,
+    ) -> DraftOutput:
+        texts = []
+        for place, ids_T in zip(places, next_ids_N.split(list(counts)), strict=True):
+            begin = place.first + place.committed
+            cache.keys[0, 0, begin : begin + len(ids_T), 0] = ids_T.float()
+            texts.append(self._text(cache, place.first, place.committed + len(ids_T)))
+            self.trees[place.first] = []
+        return self._answer(texts)
+
+    def _text(self, cache: DraftCache, first: int, committed: int) -> tuple[int, ...]:
+        read = cache.keys[0, 0, first : first + committed, 0].int().tolist()
+        return (self.first_id, *read)
+
+    def step_all(self, cache: DraftCache, beams: DraftBeams) -> DraftOutput:
+        texts = []
+        for row, place in enumerate(beams.places):
+            tree = self.trees[place.first]
+            first = (beams.depth - 1) * beams.token_ids_SK.shape[1]
+            del tree[first:]
+            self._grow(tree, beams.token_ids_SK[row].tolist(), beams.sees_SKT[row])
+            assert all(len(path) == beams.depth for path in tree[first:])
+            text = self._text(cache, place.first, place.committed)
+            texts += [(*text, *path) for path in tree[first:]]
+        # Texts of one call must be equally long.
+        by_length: dict[int, list[tuple[int, ...]]] = {}
+        for text in texts:
+            by_length.setdefault(len(text), []).append(text)
+        for group in by_length.values():
+            self._learn(group)
+        return self._answer(texts)
+
+    def _grow(self, tree: list[tuple[int, ...]], tokens: list[int], sees_KT: Tensor) -> None:
         first = len(tree)
-        for row, token in enumerate(nodes.token_ids_K.tolist()):
-            seen = nodes.sees_KT[row].nonzero()[:, 0].tolist()
+        for row, token in enumerate(tokens):
+            seen = sees_KT[row].nonzero()[:, 0].tolist()
             assert seen[-1] == first + row, "a node sees itself last"
             ancestors = seen[:-1]
-            assert len(ancestors) == nodes.depth - 1
             parent = tree[ancestors[-1]] if ancestors else ()
             # Each ancestor is the parent of the next.
             assert [tree[a] for a in ancestors] == [parent[: d + 1] for d in range(len(parent))]
             tree.append((*parent, token))
-        prefix = tuple(self.told.tokens)
-        return self._answer([(*prefix, *path) for path in tree[first:]])
 
-    def _answer(self, texts: list[tuple[int, ...]]) -> DraftOutput:
+    def _learn(self, texts: list[tuple[int, ...]]) -> None:
         new = [text for text in texts if text not in self.known]
         if new:
-            # Texts of one call are equally long.
             features_BTH = self.target.features(torch.tensor(new))
             logits_BV = self.target.logits(features_BTH[:, -1])
             self.known.update(zip(new, logits_BV.clone(), strict=True))
+
+    def _answer(self, texts: list[tuple[int, ...]]) -> DraftOutput:
+        for text in texts:
+            self._learn([text])
         logits_KW = torch.stack([self._guess(text) for text in texts])
         return DraftOutput(torch.zeros(len(texts), self.geometry.hidden_size), logits_KW)
 

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from core.config.draft.eagle1 import Eagle1Config
-from core.decode.tree import DraftTree, TreePlan, draft_tree
+from core.decode.drafting import draft_trees
+from core.decode.tree import DraftTree, TreePlan
 from core.draft.base import (
     DraftBatch,
+    DraftBeams,
     DraftCache,
     DraftHead,
     DraftNodes,
     DraftOutput,
+    DraftPlace,
     LossSums,
     TargetGeometry,
 )
@@ -49,6 +53,13 @@ class ScriptedHead(DraftHead):
     def root(self) -> DraftOutput:
         return DraftOutput(torch.zeros(1, 1), self.logits(())[None])
 
+    def step_all(self, cache: DraftCache, beams: DraftBeams) -> DraftOutput:
+        assert len(beams.places) == 1
+        nodes = DraftNodes(
+            beams.hidden_SKH[0], beams.token_ids_SK[0], beams.depth, beams.sees_SKT[0]
+        )
+        return self.step(cache, nodes)
+
     def step(self, cache: DraftCache, nodes: DraftNodes) -> DraftOutput:
         count = len(nodes.token_ids_K)
         # Rows of this tree: all levels before, then this one.
@@ -68,6 +79,13 @@ class ScriptedHead(DraftHead):
         logits_KW = torch.stack([self.logits(self.paths[row]) for row in rows])
         return DraftOutput(torch.tensor(rows, dtype=torch.float32)[:, None], logits_KW)
 
+    def tree(self, plan: TreePlan) -> DraftTree:
+        """What it drafts."""
+        place = DraftPlace(0, 0)
+        cache = self.new_cache(64)
+        (tree,) = draft_trees(self, cache, [place], self.root(), [ROOT_ID], [plan])
+        return tree
+
     def attach_target(self, embedding_VH: Tensor, output_head_VH: Tensor) -> None:
         raise NotImplementedError
 
@@ -80,7 +98,14 @@ class ScriptedHead(DraftHead):
     def new_cache(self, max_tokens: int) -> DraftCache:
         return DraftCache(torch.zeros(1, 1, max_tokens, 1), torch.zeros(1, 1, max_tokens, 1))
 
-    def extend(self, cache: DraftCache, features_TLH: Tensor, next_ids_T: Tensor) -> DraftOutput:
+    def extend_all(
+        self,
+        cache: DraftCache,
+        places: Sequence[DraftPlace],
+        counts: Sequence[int],
+        features_NLH: Tensor,
+        next_ids_N: Tensor,
+    ) -> DraftOutput:
         raise NotImplementedError
 
     def eagle_tensors(self) -> dict[str, Tensor]:
@@ -107,7 +132,7 @@ class Case:
         plan = self.plan
         if total_tokens is not None:
             plan = TreePlan(total_tokens, plan.depth, plan.top_k)
-        return draft_tree(head, head.new_cache(64), head.root(), ROOT_ID, plan)
+        return head.tree(plan)
 
     @property
     def width(self) -> int:

@@ -56,7 +56,7 @@ class SequenceCache(Cache):
         Raises:
             InputError: some layer does not attend to all of those rows.
         """
-        _check_attention(config, max_tokens)
+        check_attention(config, max_tokens)
         count: int = config.get_text_config().num_hidden_layers
         super().__init__(layers=[_Layer(max_tokens) for _ in range(count)])
         self.max_tokens = max_tokens
@@ -88,7 +88,7 @@ class SequenceCache(Cache):
         self.rewind(end)
 
 
-def _check_attention(config: PretrainedConfig, max_tokens: int) -> None:
+def check_attention(config: PretrainedConfig, max_tokens: int) -> None:
     """Refuse what a tree's mask would silently change: windows and layers without attention."""
     text: Any = config.get_text_config()
     kinds = set(getattr(text, "layer_types", None) or ())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from core.data.conversations import Message
 from core.data.template import encode_prompt
 from core.decode.engine import SpeculativeDecoder
+from core.decode.forward import Piece, target_pass
 from core.decode.policy import (
     PlanEstimate,
     RoundCosts,
@@ -22,6 +23,7 @@ from core.decode.policy import (
     estimate,
     median_seconds,
 )
+from core.decode.rows import RowCache
 from core.decode.tree import DraftTree, TreePlan
 from core.draft.base import DraftNodes
 from core.errors import ConfigError
@@ -121,12 +123,13 @@ def _time_rounds(decoder: SpeculativeDecoder, sizes: Sequence[int]) -> RoundCost
     head, target = decoder.head, decoder.target
     assert head is not None
     context = min(CONTEXT_TOKENS, decoder.max_context - max(sizes) - 1)
-    ids_T = torch.arange(context) % target.vocab_size
-    decoder.prefill(ids_T)
+    ids = [token % target.vocab_size for token in range(context)]
+    rows = RowCache(target.model.config, context + max(sizes), decoder.max_context)
+    target_pass(target, rows, [Piece.of_text(0, 0, ids, 1)], decoder.feature_layers)
     cache = head.new_cache(context + decoder.config.top_k)
     hidden_H = torch.zeros(1, target.hidden_size, device=target.device, dtype=target.dtype)
     features_TLH = hidden_H.expand(context, len(decoder.feature_layers), -1)
-    ids_T = ids_T.to(target.device)
+    ids_T = torch.tensor(ids, device=target.device)
     head.extend(cache, features_TLH, ids_T)
 
     def extend() -> None:
@@ -142,11 +145,14 @@ def _time_rounds(decoder: SpeculativeDecoder, sizes: Sequence[int]) -> RoundCost
     )
 
     def expand() -> None:
-        cache.length = cache.committed
         output = head.step(cache, nodes)
         output.logits_KW.topk(top_k)
 
-    verify = {size: partial(decoder.verify_only, _star(size)) for size in sizes}
+    def verification(size: int) -> Callable[[], object]:
+        piece = Piece.of_tree(0, context, _star(size))
+        return partial(target_pass, target, rows, [piece], decoder.feature_layers)
+
+    verify = {size: verification(size) for size in sizes}
     seconds = median_seconds({**verify, "extend": extend, "expand": expand})
     return RoundCosts(
         verify={size: seconds[size] for size in sizes},

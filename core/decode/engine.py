@@ -1,75 +1,89 @@
-"""The speculative decoder for one sequence at a time.
+"""The speculative decoder: a batch of sequences that requests join and leave between rounds.
 
-A round has four phases: draft a tree from the target's features, verify it in one target pass,
-commit the accepted path, and let the head read the newly committed tokens. Decoding without
-speculation is the same loop with a tree of the root alone.
+A round has four phases: draft a tree for each sequence from the target's features, verify all of
+them in one target pass, commit each one's accepted path, and let the head read what was committed
+when the next round begins. Prompts are read in the same passes, a chunk a round. Decoding without
+speculation is the same loop with trees of the root alone.
 
-Shapes: T tokens, N tree nodes, H hidden, V vocabulary, C cached positions, L feature layers.
+Shapes: N tokens of a piece, L feature layers, H hidden, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections import deque
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
+from dataclasses import replace
+from itertools import count
 
 import torch
 from torch import Tensor
 
 from core.config import DecodeConfig
-from core.decode.cache import SequenceCache
+from core.decode.drafting import Drafter, HeadDrafter
+from core.decode.forward import Piece, target_pass
 from core.decode.ngram import NgramIndex, merge
-from core.decode.sampler import Sampler, TokenLogprobs
+from core.decode.requests import DecodedSequence, Event, Request, Round
+from core.decode.rows import RowCache, Stretch
 from core.decode.sampling import SamplingSettings
-from core.decode.tree import PLAIN, DraftTree, TreePlan, draft_tree
-from core.decode.verify import Verification
-from core.draft.base import DraftCache, DraftHead, DraftOutput
+from core.decode.scheduler import Scheduler
+from core.decode.tree import PLAIN, DraftTree, TreePlan
+from core.draft.base import DraftHead
 from core.errors import ConfigError, InputError
+from core.models.ragged import use_ragged_attention
 from core.models.target import Target
 
 
-@dataclass(frozen=True)
-class Round:
-    """What one target pass committed.
-
-    Attributes:
-        tokens: committed tokens, at least one.
-        drafted: for each, whether it had been guessed, by the draft head or by copying.
-        tree_size: nodes verified; 0 for the prompt's pass (prefill), which drafts nothing.
-        ranks: reranking places of the accepted nodes (for the tree policy), uncut.
-        logprobs: one for each token where the request's settings ask for them, else none.
-    """
-
-    tokens: tuple[int, ...]
-    drafted: tuple[bool, ...]
-    tree_size: int
-    ranks: tuple[int, ...] = ()
-    logprobs: tuple[TokenLogprobs, ...] = ()
-
-
 class SpeculativeDecoder:
-    """Decodes one sequence at a time; not thread-safe.
+    """Decodes many requests at once; not thread-safe.
 
     Guarantee: at temperature 0 the tokens of target-only decoding, as long as floating-point
     rounding leaves the target's argmax alone; above it, samples of the same distribution.
+
+    Attributes:
+        plan: tree of requests that name none.
     """
 
-    def __init__(self, target: Target, head: DraftHead | None, config: DecodeConfig) -> None:
+    def __init__(
+        self,
+        target: Target,
+        head: DraftHead | None,
+        config: DecodeConfig,
+        *,
+        drafter: Drafter | None = None,
+        dense_attention: bool = False,
+    ) -> None:
         """Get ready to decode.
 
         Args:
-            target: loaded by `load_target`.
+            target: loaded by `load_target`; its attention is replaced by one that takes several
+                sequences, and stays torch's own for everything else.
             head: with the target attached and prepared for inference; None for plain decoding.
-            config: tree, sampling defaults, context length.
+            config: tree, sampling defaults, context length, sizes of batch and cache.
+            drafter: proposes trees in place of the head.
+            dense_attention: attend by transformers' own code and a mask over all of the cache,
+                which is slow: the reference that the other is tested against.
         Raises:
             ConfigError: the head reads layers that the target does not have.
+            InputError: an attention that trees or batches would change.
         """
         target.check_output_head()
+        use_ragged_attention(target.model)
         self.target, self.head, self.config = target, head, config
         self.max_context = min(config.max_context, target.max_position)
+        if drafter is None and head is not None:
+            drafter = HeadDrafter(head, config.cache_tokens)
+        self.drafter = drafter
         # Decoding plainly computes no features but the final one.
-        self.feature_layers = () if head is None else head.feature_layers(target.num_layers)
-        self._cache = SequenceCache(target.model.config, self.max_context)
-        self._draft_cache: DraftCache | None = None
+        self.feature_layers = () if drafter is None else drafter.feature_layers(target.num_layers)
+        self._dense = dense_attention
+        self._cache = RowCache(
+            target.model.config, config.cache_tokens, self.max_context, zeroed=dense_attention
+        )
+        self.scheduler = Scheduler(config, self._move)
+        self._ids = count()
+        self._streams: dict[int, deque[Event]] = {}
+        self._untold: list[Event] = []
         self.plan = PLAIN
         if config.total_tokens != "auto":
             self.plan = self.plan_of(config.total_tokens)
@@ -78,12 +92,59 @@ class SpeculativeDecoder:
         """A fixed tree size with the configured depth and top-k."""
         if total_tokens == 1:
             return PLAIN
-        if self.head is None and not self.config.ngram_match:
+        if self.drafter is None and not self.config.ngram_match:
             raise ConfigError(
                 f"decode.total_tokens={total_tokens} needs a draft head; set draft.path, or "
                 "decode.ngram_match to draft by copying alone"
             )
         return TreePlan(total_tokens, self.config.depth, self.config.top_k)
+
+    # Requests
+
+    def submit(self, request: Request) -> int:
+        """Queue a request; the number by which events name it.
+
+        Raises:
+            InputError: an empty prompt, no token to generate, more than context or cache hold, or
+                sampling settings that the target's vocabulary does not have.
+            BusyError: too many wait already.
+        """
+        plan = request.plan or self.plan
+        self.check_fits(request.prompt_ids, request.max_new_tokens, plan.total_tokens)
+        request.settings.check_vocabulary(self.target.vocab_size)
+        speculates = plan.total_tokens > 1
+        ngrams = None
+        if speculates and self.config.ngram_match:
+            ngrams = NgramIndex(request.prompt_ids, self.config.ngram_match)
+        sequence = DecodedSequence(
+            id=next(self._ids),
+            request=request,
+            plan=plan,
+            stops=request.stop_token_ids | self.target.eos_token_ids,
+            num_rows=len(request.prompt_ids) + request.max_new_tokens + _tree_rows(plan),
+            drafted=speculates and self.drafter is not None,
+            ngrams=ngrams,
+        )
+        self.scheduler.add(sequence)
+        return sequence.id
+
+    def cancel(self, request_id: int) -> None:
+        """Give a request up, if it has not ended: there are no more events of it."""
+        self._untold = [event for event in self._untold if event.request_id != request_id]
+        for sequence in (*self.scheduler.running, *self.scheduler.waiting):
+            if sequence.id == request_id:
+                self.scheduler.end(sequence)
+
+    @property
+    def busy(self) -> bool:
+        """Whether any request waits or is at work, or has events that nobody was told of."""
+        return bool(self.scheduler.running or self.scheduler.waiting or self._untold)
+
+    def step(self) -> list[Event]:
+        """One round of all sequences: what it committed to each, those of `generate` left out."""
+        self._tell(self._round())
+        events, self._untold = self._untold, []
+        return events
 
     def generate(
         self,
@@ -97,7 +158,7 @@ class SpeculativeDecoder:
         stop_token_ids: frozenset[int] = frozenset(),
         plan: TreePlan | None = None,
     ) -> Iterator[Round]:
-        """Generate after a prompt, one round at a time.
+        """Generate after a prompt, one round at a time; other requests go on meanwhile.
 
         Args:
             prompt_ids: at least one token.
@@ -105,136 +166,41 @@ class SpeculativeDecoder:
             temperature: 0 is greedy; None takes that of `sampling`; so does `top_p`.
             sampling: None takes the config's.
             seed: makes sampling repeatable; None draws one.
-            stop_token_ids: besides the target's end tokens. A stop token ends the generation
-                and is the last token given.
+            stop_token_ids: as of `Request`.
             plan: tree of every round; None takes `self.plan`.
         Raises:
-            InputError: an empty prompt, no token to generate, more than the context holds, or
-                sampling settings that the target's vocabulary does not have.
+            UserError: see `submit`.
         """
-        plan = plan or self.plan
-        self.check_fits(prompt_ids, max_new_tokens, plan.total_tokens)
-        self._reserve_draft_cache(plan)
         settings = sampling or SamplingSettings.of(self.config)
         if temperature is not None:
             settings = replace(settings, temperature=temperature)
         if top_p is not None:
             settings = replace(settings, top_p=top_p)
-        settings.check_vocabulary(self.target.vocab_size)
-        sampler = Sampler(settings, seed, prompt_ids)
-        stops = stop_token_ids | self.target.eos_token_ids
-        left = max_new_tokens
-        for done in self._rounds(prompt_ids, plan, sampler):
-            kept = _until_stop(done.tokens[:left], stops)
-            yield replace(
-                done,
-                tokens=done.tokens[:kept],
-                drafted=done.drafted[:kept],
-                logprobs=done.logprobs[:kept],
-            )
-            left -= kept
-            if left == 0 or done.tokens[kept - 1] in stops:
-                return
+        request = Request(prompt_ids, max_new_tokens, settings, seed, stop_token_ids, plan)
+        with closing(self.stream(request)) as events:
+            for event in events:
+                yield event.round
 
-    def _rounds(
-        self, prompt_ids: Sequence[int], plan: TreePlan, sampler: Sampler
-    ) -> Iterator[Round]:
-        """Rounds without end; each pass is untrimmed."""
-        ids_T = torch.tensor(prompt_ids)
-        speculate = plan.total_tokens > 1
-        layers = self.feature_layers if speculate else ()
-        features_TLH = self.prefill(ids_T, layers)
-        last_id = sampler.first(self.target.logits(features_TLH[-1:, -1])[0])
-        yield Round((last_id,), (False,), 0, logprobs=tuple(sampler.logprobs))
-        next_ids_T = torch.cat((ids_T[1:], torch.tensor([last_id])))
-        # Features of committed tokens that the head has not read, and the tokens after them.
-        unread = (features_TLH, next_ids_T)
-        ngrams = None
-        if speculate and self.config.ngram_match:
-            ngrams = NgramIndex((*prompt_ids, last_id), self.config.ngram_match)
-        while True:
-            tree = DraftTree.root_only(last_id)
-            if speculate and self.head is not None:
-                tree = self._draft(unread, last_id, plan)
-            if ngrams is not None:
-                copied = ngrams.continuations(self.config.ngram_branches, plan.depth + 1)
-                tree = merge(tree, copied, plan.total_tokens)
-            verification, features_PLH = self._verify(tree, sampler, layers)
-            path, bonus_id = verification.path, verification.bonus_id
-            tokens = (*(int(tree.token_ids_N[node]) for node in path[1:]), bonus_id)
-            unread = (features_PLH, torch.tensor(tokens))
-            if ngrams is not None:
-                ngrams.append(tokens)
-            last_id = bonus_id
-            drafted = (True,) * (len(tokens) - 1) + (False,)
-            ranks = tuple(tree.ranks[node] for node in path[1:])
-            logprobs = tuple(sampler.logprobs[-len(tokens) :])
-            yield Round(tokens, drafted, tree.size, ranks, logprobs)
+    def stream(self, request: Request) -> Generator[Event, None, None]:
+        """The events of one request; closing it cancels.
 
-    def prefill(self, ids_T: Tensor, layers: Sequence[int] = ()) -> Tensor:
-        """Start anew: fill the cache with a prompt [T]; returns its features [T, L, H].
-
-        `layers` as in `Target.cached_features`: empty for the final feature alone.
+        Raises:
+            UserError: see `submit`.
         """
-        self._cache.rewind(0)
-        if self._draft_cache is not None:
-            self._draft_cache.committed = self._draft_cache.length = 0
-        positions_T = torch.arange(len(ids_T))
-        return self.target.cached_features(ids_T, positions_T, self._cache, layers=layers)
-
-    def _reserve_draft_cache(self, plan: TreePlan) -> None:
-        """Rows for the longest sequence and, behind it, for all levels that a tree expands.
-
-        Those are more rows than the tree keeps nodes.
-        """
-        rows = self.max_context + plan.depth * plan.top_k
-        if self.head is None:
-            return
-        if self._draft_cache is None or self._draft_cache.max_tokens < rows:
-            self._draft_cache = self.head.new_cache(rows)
-
-    @torch.inference_mode()
-    def _draft(self, unread: tuple[Tensor, Tensor], last_id: int, plan: TreePlan) -> DraftTree:
-        root = self._read(unread)
-        assert self.head is not None and self._draft_cache is not None
-        return draft_tree(self.head, self._draft_cache, root, last_id, plan)
-
-    @torch.inference_mode()
-    def _read(self, unread: tuple[Tensor, Tensor]) -> DraftOutput:
-        assert self.head is not None and self._draft_cache is not None
-        features_TLH, next_ids_T = unread
-        next_ids_T = next_ids_T.to(features_TLH.device)
-        return self.head.extend(self._draft_cache, features_TLH, next_ids_T)
-
-    @torch.inference_mode()
-    def _verify(
-        self, tree: DraftTree, sampler: Sampler, layers: Sequence[int]
-    ) -> tuple[Verification, Tensor]:
-        """One target pass over the tree; commits the accepted path and gives its features."""
-        start = self._cache.length
-        features_NLH, logits_NV = self._target_pass(tree, layers)
-        verification = sampler.verify(tree, logits_NV)
-        self._cache.commit(start, verification.path)
-        return verification, features_NLH[list(verification.path)]
-
-    def verify_only(self, tree: DraftTree) -> Tensor:
-        """The target's logits [N, V] on a tree, leaving the cache as it was."""
-        start = self._cache.length
-        _, logits_NV = self._target_pass(tree, self.feature_layers)
-        self._cache.rewind(start)
-        return logits_NV
-
-    def _target_pass(self, tree: DraftTree, layers: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Features [N, L, H] and logits [N, V] of a tree appended to the cache."""
-        start = self._cache.length
-        sees_NC = None
-        if tree.size > 1:
-            before = torch.ones((tree.size, start), dtype=torch.bool)
-            sees_NC = torch.cat((before, tree.sees_NN), dim=1)
-        features_NLH = self.target.cached_features(
-            tree.token_ids_N, tree.depths_N + start, self._cache, sees_NC, layers
-        )
-        return features_NLH, self.target.logits(features_NLH[:, -1])
+        request_id = self.submit(request)
+        mine: deque[Event] = deque()
+        self._streams[request_id] = mine
+        try:
+            ended = False
+            while not ended:
+                while not mine:
+                    self._tell(self._round())
+                event = mine.popleft()
+                ended = event.ending is not None
+                yield event
+        finally:
+            del self._streams[request_id]
+            self.cancel(request_id)
 
     def check_fits(self, prompt_ids: Sequence[int], max_new_tokens: int, total_tokens: int) -> None:
         """Raise InputError where prompt, output and a tree do not fit the context together."""
@@ -251,10 +217,106 @@ class SpeculativeDecoder:
                 "decode.max_context (up to the model's own limit)"
             )
 
+    # A round
 
-def _until_stop(tokens: tuple[int, ...], stops: frozenset[int]) -> int:
-    """How many tokens there are up to and including the first stop token."""
-    for index, token in enumerate(tokens):
-        if token in stops:
-            return index + 1
-    return len(tokens)
+    @torch.inference_mode()
+    def _round(self) -> list[Event]:
+        """Draft, verify and commit; prompts go on by a chunk."""
+        self.scheduler.admit()
+        trees = self._draft()
+        chunks = self.scheduler.chunks()
+        pieces = [
+            *(Piece.of_tree(one.first_row, one.cached, tree) for one, tree in trees),
+            *(_chunk(one, size) for one, size in chunks),
+        ]
+        if not pieces:
+            return []
+        sequences = [one for one, _ in (*trees, *chunks)]
+        layers = self.feature_layers if any(one.drafted for one in sequences) else ()
+        read = target_pass(self.target, self._cache, pieces, layers, dense=self._dense)
+        rounds = self._commit(trees, read[: len(trees)])
+        rounds += _advance(chunks, read[len(trees) :])
+        for sequence, _ in rounds:
+            if sequence.ending is not None:
+                self.scheduler.end(sequence)
+        return [Event(one.id, done, one.ending) for one, done in rounds]
+
+    def _draft(self) -> list[tuple[DecodedSequence, DraftTree]]:
+        """A tree for each sequence that decodes."""
+        running = self.scheduler.running
+        drafts: dict[int, DraftTree | None] = {}
+        wanting = [sequence for sequence in running if sequence.drafted]
+        if wanting:
+            assert self.drafter is not None
+            trees = self.drafter.draft(wanting)
+            drafts = {one.id: tree for one, tree in zip(wanting, trees, strict=True)}
+        return [
+            (sequence, self._with_copies(sequence, drafts.get(sequence.id)))
+            for sequence in running
+            if not sequence.prefilling
+        ]
+
+    def _with_copies(self, sequence: DecodedSequence, draft: DraftTree | None) -> DraftTree:
+        """A draft, if there is one, and what followed where the text read the same before."""
+        tree = draft or DraftTree.root_only(sequence.tokens[-1])
+        if sequence.ngrams is None:
+            return tree
+        plan = sequence.plan
+        copies = sequence.ngrams.continuations(self.config.ngram_branches, plan.depth + 1)
+        return merge(tree, copies, plan.total_tokens)
+
+    def _commit(
+        self,
+        trees: Sequence[tuple[DecodedSequence, DraftTree]],
+        read: Sequence[tuple[Tensor, Tensor]],
+    ) -> list[tuple[DecodedSequence, Round]]:
+        """Verify each tree, and bring the rows of its accepted path together."""
+        rounds, sources, targets = [], [], []
+        for (sequence, tree), (features_NLH, logits_NV) in zip(trees, read, strict=True):
+            verification = sequence.sampler.verify(tree, logits_NV)
+            path = torch.tensor(verification.path)
+            begin = sequence.first_row + sequence.cached
+            moved = path != torch.arange(len(path))
+            sources.append((path + begin)[moved])
+            targets.append((torch.arange(len(path)) + begin)[moved])
+            if sequence.drafted:
+                sequence.unread.append(features_NLH[path.to(features_NLH.device)])
+            rounds.append((sequence, sequence.commit(tree, verification)))
+        if any(len(rows) for rows in sources):
+            self._cache.move(torch.cat(sources), torch.cat(targets))
+        return rounds
+
+    def _move(self, source: Stretch, target: Stretch, count: int) -> None:
+        rows = torch.arange(count)
+        self._cache.move(rows + source.first, rows + target.first)
+        if self.drafter is not None:
+            self.drafter.move(source, target, count)
+
+    def _tell(self, events: Sequence[Event]) -> None:
+        for event in events:
+            self._streams.get(event.request_id, self._untold).append(event)
+
+
+def _chunk(sequence: DecodedSequence, size: int) -> Piece:
+    begin, end = sequence.cached, sequence.cached + size
+    num_logits = int(end == len(sequence.tokens))
+    return Piece.of_text(sequence.first_row, begin, sequence.tokens[begin:end], num_logits)
+
+
+def _advance(
+    chunks: Sequence[tuple[DecodedSequence, int]], read: Sequence[tuple[Tensor, Tensor]]
+) -> list[tuple[DecodedSequence, Round]]:
+    """Note what was read of prompts; those that are through get their first token."""
+    rounds = []
+    for (sequence, size), (features_NLH, logits_NV) in zip(chunks, read, strict=True):
+        sequence.cached += size
+        if sequence.drafted:
+            sequence.unread.append(features_NLH)
+        if len(logits_NV):
+            rounds.append((sequence, sequence.begin(sequence.sampler.first(logits_NV[0]))))
+    return rounds
+
+
+def _tree_rows(plan: TreePlan) -> int:
+    """Cache rows behind the text: what is verified, or all levels that a head expands."""
+    return max(plan.total_tokens, plan.depth * plan.top_k)

@@ -1,14 +1,15 @@
 """What every draft algorithm offers to training and to decoding.
 
 Shapes: B batch, T tokens, L feature layers, H hidden, V target vocabulary, W draft vocabulary,
-K nodes drafted in one forward pass, C cached draft positions.
+K nodes drafted in one forward pass, S sequences, N new positions of all of them, M cache rows,
+G key/value heads, E head dimension.
 """
 
 from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -103,21 +104,34 @@ class LossSums:
 
 @dataclass
 class DraftCache:
-    """Keys and values of a head with one decoder layer, preallocated; batch 1.
+    """Keys and values [1, G, M, E] of a head with one decoder layer: M rows, preallocated.
 
-    Rows before `committed` come from true target features and stay; the rest belongs to the
-    present round's tree and is thrown away with it.
+    Many sequences may share it, each with a stretch of its own; a sequence alone begins at row 0
+    and has read `committed` positions.
     """
 
     keys: Tensor
     values: Tensor
     committed: int = 0
-    length: int = 0
 
     @property
     def max_tokens(self) -> int:
         """Rows that it has room for."""
         return self.keys.shape[2]
+
+
+@dataclass(frozen=True)
+class DraftPlace:
+    """Where a sequence stands in a head's cache.
+
+    Attributes:
+        first: row where it begins.
+        committed: positions that were read with true features; the rows behind belong to the
+            present round's tree, and are written over by the next read.
+    """
+
+    first: int
+    committed: int
 
 
 class DraftHead(nn.Module, ABC):
@@ -200,17 +214,47 @@ class DraftHead(nn.Module, ABC):
         """An empty cache for sequences of up to `max_tokens` (tree included)."""
 
     @abstractmethod
-    def extend(self, cache: DraftCache, features_TLH: Tensor, next_ids_T: Tensor) -> DraftOutput:
-        """Read T further committed positions with their true features; keeps them cached.
+    def extend_all(
+        self,
+        cache: DraftCache,
+        places: Sequence[DraftPlace],
+        counts: Sequence[int],
+        features_NLH: Tensor,
+        next_ids_N: Tensor,
+    ) -> DraftOutput:
+        """Read further committed positions of several sequences, with their true features.
 
-        Features are laid out as in a training batch, the final feature last.
-        Drops what an earlier tree left in the cache.
-        Returns hidden state and logits of the last position alone (one row).
+        Args:
+            cache: takes the positions in, over what earlier trees left there.
+            places: where the S sequences stand before.
+            counts: new positions of each, at least 1; N in all, in this order.
+            features_NLH: laid out as in a training batch, the final feature last.
+            next_ids_N: the tokens behind.
+        Returns:
+            Hidden state and logits of each sequence's last position alone: S rows.
         """
 
     @abstractmethod
+    def step_all(self, cache: DraftCache, beams: DraftBeams) -> DraftOutput:
+        """Read tree nodes of one depth, features predicted by the head itself; S · K rows out."""
+
+    def extend(self, cache: DraftCache, features_TLH: Tensor, next_ids_T: Tensor) -> DraftOutput:
+        """`extend_all` of the one sequence of a cache; one row out."""
+        place, count = DraftPlace(0, cache.committed), len(next_ids_T)
+        output = self.extend_all(cache, [place], [count], features_TLH, next_ids_T)
+        cache.committed += count
+        return output
+
     def step(self, cache: DraftCache, nodes: DraftNodes) -> DraftOutput:
-        """Read K tree nodes of one depth, features predicted by the head itself; K rows out."""
+        """`step_all` of the one sequence of a cache; K rows out."""
+        beams = DraftBeams(
+            places=(DraftPlace(0, cache.committed),),
+            hidden_SKH=nodes.hidden_KH[None],
+            token_ids_SK=nodes.token_ids_K[None],
+            depth=nodes.depth,
+            sees_SKT=nodes.sees_KT[None],
+        )
+        return self.step_all(cache, beams)
 
     @abstractmethod
     def eagle_tensors(self) -> dict[str, Tensor]:
@@ -267,6 +311,25 @@ class DraftNodes:
     token_ids_K: Tensor
     depth: int
     sees_KT: Tensor
+
+
+@dataclass(frozen=True)
+class DraftBeams:
+    """K tree nodes of one depth for each of S sequences.
+
+    Attributes:
+        places: where the sequences stand.
+        hidden_SKH: the parents' hidden states.
+        token_ids_SK: the nodes' tokens, target ids.
+        depth: as of `DraftNodes`.
+        sees_SKT: as of `DraftNodes`.
+    """
+
+    places: tuple[DraftPlace, ...]
+    hidden_SKH: Tensor
+    token_ids_SK: Tensor
+    depth: int
+    sees_SKT: Tensor
 
 
 def build_head(

@@ -2,7 +2,7 @@
 
 Shapes: B batch, T tokens, N packed tokens, M of them that ask, H hidden, I what attention reads,
 A attention heads, G key/value heads, R heads that share a key (A = G · R), E head dimension,
-S steps of a chain, C cached positions.
+S steps of a chain; in decoding N positions of several sequences, K of them that ask, Q = A.
 Source: HF `LlamaDecoderLayer`; `tests/parity/test_layer.py` compares the two.
 """
 
@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from core.draft.base import DraftCache, TargetGeometry
 from core.draft.packing import Packing
+from core.models.ragged import RaggedBatch
 
 
 class RotaryEmbedding(nn.Module):
@@ -166,40 +167,36 @@ class Attention(nn.Module):
 
     def cached(
         self,
-        x_1TI: Tensor,
-        cos_TE: Tensor,
-        sin_TE: Tensor,
+        x_NI: Tensor,
+        cos_NE: Tensor,
+        sin_NE: Tensor,
         cache: DraftCache,
-        sees_TC: Tensor | None,
+        rows_N: Tensor,
+        ragged: RaggedBatch,
+        asking_K: Tensor | None = None,
     ) -> Tensor:
-        """Append T positions to the cache; they attend to all of it.
+        """Write positions of several sequences into a cache, and attend to it.
 
         Args:
-            x_1TI: [1, T, I].
-            cos_TE: of the T positions; so is `sin_TE`.
-            cache: grows by T rows.
-            sees_TC: bool [T, C], C counting the new rows; None where the last position alone is
-                asked for, which sees every row.
+            x_NI: [N, I].
+            cos_NE: of the N positions; so is `sin_NE`.
+            cache: takes them in.
+            rows_N: int64 [N], where.
+            ragged: what those that ask see, whose keys are in the cache then.
+            asking_K: int64 [K], which of the N ask; None for all.
         Returns:
-            [1, T, H], or [1, 1, H] of the last position.
+            [K, H].
         """
-        start, end = cache.length, cache.length + x_1TI.shape[1]
-        key = self._heads(self.k_proj(x_1TI)).transpose(1, 2)
-        cache.keys[:, :, start:end] = rotate(key, cos_TE, sin_TE)
-        cache.values[:, :, start:end] = self._heads(self.v_proj(x_1TI)).transpose(1, 2)
-        cache.length = end
-        if sees_TC is None:
-            x_1TI, cos_TE, sin_TE = x_1TI[:, -1:], cos_TE[-1:], sin_TE[-1:]
-        query = rotate(self._heads(self.q_proj(x_1TI)).transpose(1, 2), cos_TE, sin_TE)
-        # The heads of a group become rows of one query, so that keys are not copied per head.
-        groups, tokens = self.num_heads // self.num_kv_heads, x_1TI.shape[1]
-        rows = query.reshape(1, self.num_kv_heads, groups * tokens, self.head_dim)
-        mask = None if sees_TC is None else sees_TC.repeat(groups, 1)
-        out = F.scaled_dot_product_attention(
-            rows, cache.keys[:, :, :end], cache.values[:, :, :end], attn_mask=mask
-        )
-        out = out.reshape(1, self.num_heads, tokens, self.head_dim)
-        result: Tensor = self.o_proj(out.transpose(1, 2).flatten(2))
+        cos_N1E, sin_N1E = cos_NE[:, None], sin_NE[:, None]
+        key_NGE = rotate(self._heads(self.k_proj(x_NI)), cos_N1E, sin_N1E)
+        cache.keys[0].index_copy_(1, rows_N, key_NGE.transpose(0, 1))
+        cache.values[0].index_copy_(1, rows_N, self._heads(self.v_proj(x_NI)).transpose(0, 1))
+        if asking_K is not None:
+            x_NI, cos_N1E, sin_N1E = x_NI[asking_K], cos_N1E[asking_K], sin_N1E[asking_K]
+        query_KQE = rotate(self._heads(self.q_proj(x_NI)), cos_N1E, sin_N1E)
+        scale = self.head_dim**-0.5
+        out_KQE = ragged.attend(query_KQE.transpose(0, 1), cache.keys[0], cache.values[0], scale)
+        result: Tensor = self.o_proj(out_KQE.flatten(1))
         return result
 
     def _heads(self, x: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 A head turns true features into a state, reads a state with the token behind it, and gives the
 state that stands for the next position. Chains of such steps are drafted in decoding from a cache
-(`extend`, `step`) and, in training and evaluation, from all positions of a batch at once.
+(`extend_all`, `step_all`) and, in training and evaluation, from all positions of a batch at once.
 Shapes: B batch, T tokens, L feature layers, H hidden, N packed tokens, M of them that chains grow
 from, P places of a batch, S supervised ones, I what attention reads, V target vocabulary, W draft
 vocabulary, K nodes of one depth, C cached positions.
@@ -11,7 +11,7 @@ vocabulary, K nodes of one depth, C cached positions.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -22,10 +22,11 @@ from torch.nn import functional as F
 from core.config import DraftConfig
 from core.draft.base import (
     DraftBatch,
+    DraftBeams,
     DraftCache,
     DraftHead,
-    DraftNodes,
     DraftOutput,
+    DraftPlace,
     TargetGeometry,
 )
 from core.draft.layer import ChainKeys, Layer, RotaryEmbedding
@@ -33,6 +34,7 @@ from core.draft.packing import Packing
 from core.draft.vocabulary import DraftVocabulary
 from core.errors import InputError
 from core.models.packed import pack_linears
+from core.models.ragged import RaggedBatch, Span
 
 TOP_N = (1, 2, 3, 10)
 LOGITS_AT_ONCE = 2**24
@@ -279,38 +281,81 @@ class RecurrentHead(DraftHead):
         shape = (1, self.geometry.num_key_value_heads, max_tokens, self.geometry.head_dim)
         return DraftCache(self.embedding_VH.new_zeros(shape), self.embedding_VH.new_zeros(shape))
 
-    def extend(self, cache: DraftCache, features_TLH: Tensor, next_ids_T: Tensor) -> DraftOutput:
+    def extend_all(
+        self,
+        cache: DraftCache,
+        places: Sequence[DraftPlace],
+        counts: Sequence[int],
+        features_NLH: Tensor,
+        next_ids_N: Tensor,
+    ) -> DraftOutput:
         """See base class."""
-        cache.length = cache.committed
-        positions_T = torch.arange(len(next_ids_T), device=next_ids_T.device) + cache.length
         # The embedding's dtype is the head's; packed layers do not tell theirs.
-        state_TH = self.first_state(features_TLH.to(self.embed(next_ids_T[:1]).dtype))
-        state_1H = self._read(cache, state_TH, next_ids_T, positions_T, None)
-        cache.committed = cache.length
-        return DraftOutput(state_1H, self.logits(state_1H))
+        state_NH = self.first_state(features_NLH.to(self.embed(next_ids_N[:1]).dtype))
+        firsts = torch.tensor([place.first for place in places])
+        done = torch.tensor([place.committed for place in places])
+        new = torch.tensor(counts)
+        ends = new.cumsum(0)
+        # Of each new position, how far behind its sequence's first row it goes.
+        positions_N = torch.arange(len(next_ids_N)) + (done - ends + new).repeat_interleave(new)
+        spans = [
+            Span(place.first, place.committed + count - 1, 1)
+            for place, count in zip(places, counts, strict=True)
+        ]
+        state_SH = self._read(
+            cache,
+            (state_NH, next_ids_N),
+            positions_N,
+            positions_N + firsts.repeat_interleave(new),
+            spans,
+            None if len(next_ids_N) == len(places) else ends - 1,
+        )
+        return DraftOutput(state_SH, self.logits(state_SH))
 
-    def step(self, cache: DraftCache, nodes: DraftNodes) -> DraftOutput:
+    def step_all(self, cache: DraftCache, beams: DraftBeams) -> DraftOutput:
         """See base class."""
-        position = cache.committed + nodes.depth - 1
-        positions_K = torch.full_like(nodes.token_ids_K, position)
-        sees_KC = F.pad(nodes.sees_KT, (cache.committed, 0), value=True)
-        state_KH = self._read(cache, nodes.hidden_KH, nodes.token_ids_K, positions_K, sees_KC)
-        return DraftOutput(state_KH, self.logits(state_KH))
+        width = beams.token_ids_SK.shape[1]
+        rows = beams.sees_SKT.shape[2]
+        done = torch.tensor([place.committed for place in beams.places])
+        begins = torch.tensor([place.first + place.committed for place in beams.places])
+        own_K = torch.arange(rows - width, rows)
+        spans = [
+            Span(place.first, place.committed, width, sees_KT)
+            for place, sees_KT in zip(beams.places, beams.sees_SKT, strict=True)
+        ]
+        state_NH = self._read(
+            cache,
+            (beams.hidden_SKH.flatten(0, 1), beams.token_ids_SK.flatten()),
+            (done + beams.depth - 1).repeat_interleave(width),
+            (begins[:, None] + own_K).flatten(),
+            spans,
+            None,
+        )
+        return DraftOutput(state_NH, self.logits(state_NH))
 
     def _read(
         self,
         cache: DraftCache,
-        state_TH: Tensor,
-        next_ids_T: Tensor,
-        positions_T: Tensor,
-        sees_TC: Tensor | None,
+        read: tuple[Tensor, Tensor],
+        positions_N: Tensor,
+        rows_N: Tensor,
+        spans: Sequence[Span],
+        asking_K: Tensor | None,
     ) -> Tensor:
-        """States after T positions that the cache takes in; of the last alone without a mask."""
-        x_TI, residual_TH = self.layer_input(state_TH, next_ids_T)
-        cos, sin = self.rotary(positions_T)
-        attention_1TH = self.layer.self_attn.cached(x_TI[None], cos, sin, cache, sees_TC)
-        attended = attention_1TH.shape[1]
-        return self.layer.after_attention(residual_TH[-attended:], attention_1TH[0])
+        """States after N positions that the cache takes in; of K of them where not all are asked.
+
+        `read` are states and the tokens behind them.
+        """
+        x_NI, residual_NH = self.layer_input(*read)
+        device = x_NI.device
+        cos, sin = self.rotary(positions_N.to(device))
+        asking_K = None if asking_K is None else asking_K.to(device)
+        attention_KH = self.layer.self_attn.cached(
+            x_NI, cos, sin, cache, rows_N.to(device), RaggedBatch(tuple(spans)), asking_K
+        )
+        if asking_K is not None:
+            residual_NH = residual_NH[asking_K]
+        return self.layer.after_attention(residual_NH, attention_KH)
 
     # Public layout
 

@@ -41,6 +41,8 @@ class EvaluationSession:
             num_threads: torch threads.
             chosen: the tree that an interrupted run of this evaluation had chosen.
         """
+        # Every way reads the whole prompt: the second one must not find it read.
+        config = config.replace(decode={"reuse_prefixes": False})
         self.config = config
         if chosen is not None:
             config = config.replace(

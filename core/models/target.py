@@ -33,6 +33,7 @@ from core.config.sections import TemplateName
 from core.data.chat_templates import AUTO, use_template
 from core.errors import ConfigError, InputError
 from core.models.packed import pack_linears
+from core.models.ragged import RaggedBatch
 from core.provenance import fingerprint, fingerprint_of, hash_json
 
 WEIGHT_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
@@ -125,6 +126,48 @@ class Target:
             sees_TC: bool [T, C], C counting the new rows; None for ordinary causal attention.
             layers: as in `layer_features`, ending with the final feature; empty for that alone.
         """
+        mask = None if sees_TC is None else sees_TC[None, None].to(self.device)
+        return self._cached(input_ids_T, positions_T, cache, layers, attention_mask=mask)
+
+    @torch.inference_mode()
+    def ragged_features(
+        self,
+        input_ids_N: Tensor,
+        positions_N: Tensor,
+        cache: Cache,
+        ragged: RaggedBatch,
+        layers: Sequence[int] = (),
+        *,
+        dense_rows: int | None = None,
+    ) -> Tensor:
+        """Features [N, L, H] of new tokens of several sequences, as `cached_features` gives them.
+
+        Args:
+            input_ids_N: int64 [N], one sequence after the other.
+            positions_N: int64 [N].
+            cache: knows which of its rows they go to.
+            ragged: what each sees of the cache; the model uses `use_ragged_attention`.
+            layers: as in `cached_features`.
+            dense_rows: rows of the cache, to attend by transformers' own code and a mask over
+                all of them; None to attend to each sequence's own rows.
+        """
+        if dense_rows is not None:
+            mask = ragged.dense_mask(dense_rows)[None, None].to(self.device)
+            return self._cached(input_ids_N, positions_N, cache, layers, attention_mask=mask)
+        # Any mask of four dimensions is passed on as it is: none is built.
+        mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device)
+        return self._cached(
+            input_ids_N, positions_N, cache, layers, attention_mask=mask, ragged=ragged
+        )
+
+    def _cached(
+        self,
+        input_ids_T: Tensor,
+        positions_T: Tensor,
+        cache: Cache,
+        layers: Sequence[int],
+        **attention: Any,
+    ) -> Tensor:
         body = cast(Any, self.model.base_model)
         entering: dict[int, Tensor] = {}
         with _kept(decoder_layers(self.model), layers, entering):
@@ -132,8 +175,8 @@ class Target:
                 input_ids=input_ids_T[None].to(self.device),
                 position_ids=positions_T[None].to(self.device),
                 past_key_values=cache,
-                attention_mask=None if sees_TC is None else sees_TC[None, None].to(self.device),
                 use_cache=True,
+                **attention,
             )
         final: Tensor = output.last_hidden_state
         # Layers may be on several devices.

@@ -15,8 +15,16 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from core.config import DRAFT_CONFIGS
-from core.decode.tree import TreePlan, draft_tree
-from core.draft.base import DraftBatch, DraftHead, DraftNodes, TargetGeometry, build_head
+from core.decode.drafting import draft_trees
+from core.decode.tree import TreePlan
+from core.draft.base import (
+    DraftBatch,
+    DraftHead,
+    DraftNodes,
+    DraftPlace,
+    TargetGeometry,
+    build_head,
+)
 from core.draft.vocabulary import DraftVocabulary
 
 FOLDER = Path(__file__).parent / "golden"
@@ -147,7 +155,8 @@ def test_eagle3_drafts_the_references_tree() -> None:
     head.prepare_for_inference(packed=False)
     cache = head.new_cache(64)
     root = head.extend(cache, features_TLH[:8], ids_T[1:9])
-    tree = draft_tree(head, cache, root, int(ids_T[8]), TreePlan(20, 3, 4))
+    places = [DraftPlace(0, cache.committed)]
+    (tree,) = draft_trees(head, cache, places, root, [int(ids_T[8])], [TreePlan(20, 3, 4)])
     assert tree.token_ids_N.tolist() == golden["tree.tokens"].tolist()
     assert torch.equal(tree.sees_NN, golden["tree.sees"])
     assert torch.equal(tree.depths_N, golden["tree.depths"])

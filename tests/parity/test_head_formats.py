@@ -42,7 +42,7 @@ def _logits(head: DraftHead, target: tuple[Tensor, Tensor], features_TLH: Tensor
     with torch.inference_mode():
         for i in range(TOKENS):
             rows.append(head.extend(cache, features_TLH[i : i + 1], ids_T[i : i + 1]).logits_KW)
-        cache.committed = cache.length = 0
+        cache.committed = 0
         together = head.extend(cache, features_TLH, ids_T).logits_KW
     torch.testing.assert_close(together, rows[-1], atol=1e-4, rtol=1e-4)
     return torch.cat(rows)

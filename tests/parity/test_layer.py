@@ -19,6 +19,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
 from core.draft.base import DraftCache, TargetGeometry
 from core.draft.layer import Attention, FeedForward, Layer, RotaryEmbedding, rotate
 from core.draft.packing import Packing
+from core.models.ragged import RaggedBatch, Span
 
 # float32 sums of at most 96 products of size about 1, in another order: about 96 · 2⁻²⁴ = 6e-6.
 TOLERANCE = 1e-5
@@ -133,26 +134,39 @@ def test_cached_attention_with_a_mask_and_repeated_positions() -> None:
     cache = DraftCache(torch.zeros(1, 2, 9, 8), torch.zeros(1, 2, 9, 8))
     cos, sin = RotaryEmbedding(8, 5000.0)(positions_T)
     parts = [
-        ours.cached(x_1TH[:, a:b], cos[a:b], sin[a:b], cache, sees[a:b, :b])
-        for a, b in ((0, 3), (3, 5), (5, 6))
+        ours.cached(
+            x_1TH[0, a:b],
+            cos[a:b],
+            sin[a:b],
+            cache,
+            torch.arange(a, b) + 2,
+            RaggedBatch((Span(2, context, b - a, sees[a:b, context:b]),)),
+        )
+        for a, b, context in ((0, 3, 0), (3, 5, 3), (5, 6, 3))
     ]
-    assert_near(torch.cat(parts, dim=1), wanted)
-    assert cache.length == 6
+    assert_near(torch.cat(parts)[None], wanted)
 
 
 @torch.no_grad()
-def test_cached_attention_of_the_last_position_alone() -> None:
+def test_cached_attention_of_several_sequences_last_positions() -> None:
     ours, theirs = _attentions()
-    x_1TH = torch.randn(1, 6, CONFIG.hidden_size)
-    causal = torch.full((6, 6), float("-inf")).triu(1)[None, None]
-    wanted, _ = theirs(
-        x_1TH, position_embeddings=_hf_rotary(torch.arange(6)), attention_mask=causal
+    lengths, firsts = (6, 2, 4), (3, 12, 15)
+    x = [torch.randn(length, CONFIG.hidden_size) for length in lengths]
+    cache = DraftCache(torch.full((1, 2, 20, 8), 9.0), torch.full((1, 2, 20, 8), 9.0))
+    positions_N = torch.cat([torch.arange(length) for length in lengths])
+    rows_N = torch.cat([torch.arange(n) + f for n, f in zip(lengths, firsts, strict=True)])
+    cos, sin = RotaryEmbedding(8, 5000.0)(positions_N)
+    spans = tuple(Span(f, n - 1, 1) for n, f in zip(lengths, firsts, strict=True))
+    found = ours.cached(
+        torch.cat(x), cos, sin, cache, rows_N, RaggedBatch(spans), torch.tensor([5, 7, 11])
     )
-    cache = DraftCache(torch.zeros(1, 2, 9, 8), torch.zeros(1, 2, 9, 8))
-    cos, sin = RotaryEmbedding(8, 5000.0)(torch.arange(6))
-    for a, b in ((0, 3), (3, 6)):
-        found = ours.cached(x_1TH[:, a:b], cos[a:b], sin[a:b], cache, None)
-        assert_near(found, wanted[:, b - 1 : b])
+    for row, x_TH in enumerate(x):
+        count = len(x_TH)
+        causal = torch.full((count, count), float("-inf")).triu(1)[None, None]
+        wanted, _ = theirs(
+            x_TH[None], position_embeddings=_hf_rotary(torch.arange(count)), attention_mask=causal
+        )
+        assert_near(found[row], wanted[0, -1])
 
 
 @torch.no_grad()

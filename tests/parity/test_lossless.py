@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from core.config import DRAFT_CONFIGS, DecodeConfig
-from core.decode.engine import Round, SpeculativeDecoder
+from core.decode.engine import SpeculativeDecoder
+from core.decode.requests import Round
 from core.decode.sampling import SamplingSettings
 from core.decode.tree import PLAIN, TreePlan
-from core.draft.base import DraftCache, DraftHead, DraftOutput
+from core.draft.base import DraftHead, DraftOutput
 from core.draft.vocabulary import DraftVocabulary
 from core.models.target import Target
 from tests.heads import OracleHead, random_head
@@ -203,13 +204,13 @@ def test_a_head_reads_the_true_features_of_its_layers(
     """What the engine hands a head are HF's hidden states of the committed text, in order."""
     head = random_head(deep_target, deep_target_folder, kind=kind)
     read: list[tuple[Tensor, Tensor]] = []
-    extend = head.extend
+    extend_all = head.extend_all
 
-    def noted(cache: DraftCache, features_TLH: Tensor, next_ids_T: Tensor) -> DraftOutput:
-        read.append((features_TLH, next_ids_T))
-        return extend(cache, features_TLH, next_ids_T)
+    def noted(cache, places, counts, features_NLH: Tensor, next_ids_N: Tensor) -> DraftOutput:
+        read.append((features_NLH, next_ids_N))
+        return extend_all(cache, places, counts, features_NLH, next_ids_N)
 
-    head.extend = noted  # type: ignore[method-assign]
+    head.extend_all = noted  # type: ignore[method-assign]
     decoder = _decoder(deep_target, head)
     prompt = PROMPTS[2]
     rounds = list(decoder.generate(prompt, max_new_tokens=NEW_TOKENS, plan=TreePlan(16, 3, 4)))
@@ -228,14 +229,14 @@ def test_plain_decoding_computes_no_inner_features(
     """The baseline of every speedup does not pay for the head."""
     decoder = _decoder(deep_target, random_head(deep_target, deep_target_folder, kind="eagle3"))
     asked: list[object] = []
-    taken = Target.cached_features
+    taken = Target.ragged_features
 
     def noted(self: Target, *args, **kwargs) -> Tensor:
         features_TLH = taken(self, *args, **kwargs)
         asked.append(features_TLH.shape[1])
         return features_TLH
 
-    monkeypatch.setattr(Target, "cached_features", noted)
+    monkeypatch.setattr(Target, "ragged_features", noted)
     list(decoder.generate(PROMPTS[0], max_new_tokens=4, plan=PLAIN))
     assert set(asked) == {1}
     list(decoder.generate(PROMPTS[0], max_new_tokens=4, plan=TreePlan(8, 1, 4)))

@@ -18,6 +18,7 @@ ERRORS = {
     "ResourceError": "UserError",
     "MismatchError": "UserError",
     "ShapeError": "AerieError",
+    "BusyError": "AerieError",
     "StageError": "AerieError",
 }
 CONFIG = {

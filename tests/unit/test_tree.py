@@ -9,7 +9,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from core.decode.tree import PLAIN, DraftTree, TreePlan, draft_tree
+from core.decode.tree import PLAIN, DraftTree, TreePlan
 from core.errors import ShapeError
 from tests.scripted import ROOT_ID, Case, Path, ScriptedHead
 
@@ -128,11 +128,10 @@ def test_all_ties_keep_the_shallower_node() -> None:
     assert tree.parents == (-1, 0, 1) and tree.depths_N.tolist() == [0, 1, 2]
 
 
-def test_drafting_does_not_depend_on_what_is_in_the_cache() -> None:
+def test_drafting_again_gives_the_same_tree() -> None:
     case = Case(8, 5, 0, TreePlan(20, 4, 4))
     head = case.head()
-    cache = head.new_cache(64)
-    trees = [draft_tree(head, cache, head.root(), ROOT_ID, case.plan) for _ in range(2)]
+    trees = [head.tree(case.plan) for _ in range(2)]
     assert trees[0].token_ids_N.tolist() == trees[1].token_ids_N.tolist()
     assert trees[0].parents == trees[1].parents
 

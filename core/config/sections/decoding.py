@@ -53,7 +53,23 @@ class DecodeConfig(Section):
         0.0, "taken off as often as the output has the token", ge=-2, le=2
     )
     max_context: int = field(
-        4096, "KV-cache slots, in tokens: prompt, output and tree together", ge=32
+        4096, "longest sequence, in tokens: prompt, output and tree together", ge=32
+    )
+    cache_tokens: int = setting(
+        16384,
+        "rows of the KV cache, in tokens: of all sequences that are decoded at the same time, or "
+        "were not long ago; bounds the cache's memory",
+        ge=32,
+    )
+    batch_size: int = setting(16, "most sequences decoded at the same time", ge=1)
+    max_waiting: int = setting(64, "requests that may wait for their turn", ge=1)
+    prefill_chunk: int = setting(
+        512, "tokens of prompts read a round: how long the other sequences may be held up", ge=1
+    )
+    reuse_prefixes: bool = setting(
+        True,
+        "keep what was computed for an answer while there is room, for a request that begins with "
+        "the same tokens, such as a conversation's next turn",
     )
 
     @property

@@ -1,0 +1,147 @@
+"""The target's KV cache of all sequences: one buffer a layer, of which each has a stretch of rows.
+
+What a sequence may need is known when it comes: prompt, most new tokens, and one tree. It gets
+exactly that, so memory is bounded by the buffer and nothing is ever moved to make room.
+
+Shapes: G key/value heads, M rows, E head dimension, N new tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig
+from transformers.cache_utils import Cache, DynamicLayer
+
+from core.decode.cache import check_attention
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Rows from `first` on, `size` of them."""
+
+    first: int
+    size: int
+
+    @property
+    def end(self) -> int:
+        """The row behind."""
+        return self.first + self.size
+
+
+class RowSpace:
+    """Which rows are free: the first stretch that is long enough is given."""
+
+    def __init__(self, num_rows: int) -> None:
+        self.num_rows = num_rows
+        self._free = [Stretch(0, num_rows)] if num_rows else []
+
+    @property
+    def num_free(self) -> int:
+        """Rows that nobody has."""
+        return sum(stretch.size for stretch in self._free)
+
+    def take(self, size: int) -> Stretch | None:
+        """A stretch of so many rows, if there is one."""
+        for place, free in enumerate(self._free):
+            if free.size >= size:
+                rest = Stretch(free.first + size, free.size - size)
+                self._free[place : place + 1] = [rest] if rest.size else []
+                return Stretch(free.first, size)
+        return None
+
+    def give_back(self, stretch: Stretch) -> None:
+        """Free a stretch; neighbours that are free become one with it."""
+        merged: list[Stretch] = []
+        for free in sorted([*self._free, stretch], key=lambda one: one.first):
+            if merged and merged[-1].end == free.first:
+                before = merged.pop()
+                free = Stretch(before.first, before.size + free.size)
+            merged.append(free)
+        self._free = merged
+
+
+class _Layer(DynamicLayer):
+    """Keys and values [1, G, M, E] of one layer."""
+
+    def __init__(self, cache: RowCache) -> None:
+        super().__init__()
+        self.cache = cache
+        self._rows_N: Tensor | None = None
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Reserve the rows; on CPU, memory that is never written is never resident."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.keys, self.values = (
+            states.new_empty((1, states.shape[1], self.cache.num_rows, states.shape[-1]))
+            for states in (key_states, value_states)
+        )
+        if self.cache.zeroed:
+            self.keys.zero_()
+            self.values.zero_()
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Write the new tokens' rows; returns all rows, of which attention knows its own."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        rows_N = self.cache.writes_N(self.device)
+        self.keys.index_copy_(2, rows_N, key_states)
+        self.values.index_copy_(2, rows_N, value_states)
+        return self.keys, self.values
+
+    def get_seq_length(self) -> int:
+        """Of no meaning here: positions are always given."""
+        return 0
+
+    def move(self, source_N: Tensor, target_N: Tensor) -> None:
+        """Copy rows onto others; all are read before the first is written."""
+        source_N, target_N = source_N.to(self.device), target_N.to(self.device)
+        self.keys.index_copy_(2, target_N, self.keys.index_select(2, source_N))
+        self.values.index_copy_(2, target_N, self.values.index_select(2, source_N))
+
+
+class RowCache(Cache):
+    """A KV cache of rows, for any HF decoder whose layers all attend fully."""
+
+    def __init__(
+        self, config: PretrainedConfig, num_rows: int, max_context: int, *, zeroed: bool = False
+    ) -> None:
+        """Reserve the rows.
+
+        Args:
+            config: the target's.
+            num_rows: M, of all sequences together.
+            max_context: most rows of a sequence that see each other.
+            zeroed: for attention over all rows, which multiplies those it does not see by zero.
+        Raises:
+            InputError: some layer does not attend to all of those.
+        """
+        check_attention(config, max_context)
+        self.num_rows, self.zeroed = num_rows, zeroed
+        self._writes: dict[torch.device, Tensor] = {}
+        self._writes_N = torch.empty(0, dtype=torch.int64)
+        count: int = config.get_text_config().num_hidden_layers
+        super().__init__(layers=[_Layer(self) for _ in range(count)])
+
+    def will_write(self, rows_N: Tensor) -> None:
+        """Where the next pass puts its tokens, int64 [N]."""
+        self._writes_N, self._writes = rows_N, {}
+
+    def writes_N(self, device: torch.device) -> Tensor:
+        """The same on a layer's device."""
+        if device not in self._writes:
+            self._writes[device] = self._writes_N.to(device)
+        return self._writes[device]
+
+    @torch.inference_mode()
+    def move(self, source_N: Tensor, target_N: Tensor) -> None:
+        """Copy rows onto others, in every layer."""
+        for layer in self.layers:
+            if layer.is_initialized:
+                layer.move(source_N, target_N)

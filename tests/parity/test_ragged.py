@@ -1,0 +1,104 @@
+"""Attention of several sequences in one pass, against transformers' own with a dense mask."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from core.config import DecodeConfig
+from core.decode.engine import SpeculativeDecoder
+from core.decode.forward import Piece, target_pass
+from core.decode.requests import Request
+from core.decode.rows import RowCache
+from core.decode.tree import DraftTree, TreePlan
+from core.models.ragged import RaggedBatch, Span, use_ragged_attention
+from core.models.target import Target
+from tests.heads import random_head
+
+# float32, layers of width 32, and sums in another order.
+TOLERANCE = 4e-5
+TREE = DraftTree(torch.tensor([7, 11, 12, 13, 14, 15]), (-1, 0, 0, 1, 1, 2), tuple(range(6)))
+
+
+@pytest.mark.parametrize("heads", [2, 6])
+def test_a_ragged_batch_attends_as_a_dense_mask_does(heads: int) -> None:
+    draw = torch.Generator().manual_seed(0)
+    keys, values = (torch.randn(2, 40, 8, generator=draw) for _ in range(2))
+    spans = (
+        Span(3, 9, 1),
+        Span(20, 0, 4),
+        Span(15, 2, 2),
+        Span(25, 5, 6, TREE.sees_NN),
+        # Nodes of a level: six rows behind the context, of which the last two are asking.
+        Span(0, 2, 2, torch.tensor([[True, False, True, False], [False, True, False, True]])),
+    )
+    batch = RaggedBatch(spans)
+    count = sum(span.count for span in spans)
+    query = torch.randn(heads, count, 8, generator=draw)
+    found = batch.attend(query, keys, values, 0.3)
+    wanted = F.scaled_dot_product_attention(
+        query[None],
+        keys.repeat_interleave(heads // 2, 0)[None],
+        values.repeat_interleave(heads // 2, 0)[None],
+        attn_mask=batch.dense_mask(40),
+        scale=0.3,
+    )
+    torch.testing.assert_close(found, wanted[0].transpose(0, 1), rtol=0, atol=1e-6)
+
+
+def test_a_pass_over_trees_and_prompts_is_the_dense_masks(deep_target: Target) -> None:
+    use_ragged_attention(deep_target.model)
+    layers = (2, 3, 7)
+    results = []
+    for dense in (False, True):
+        cache = RowCache(deep_target.model.config, 64, 64, zeroed=dense)
+        prompts = [
+            Piece.of_text(30, 0, range(40, 52), 1),
+            Piece.of_text(4, 0, [1, 9, 77], 0),
+        ]
+        passes = target_pass(deep_target, cache, prompts, layers, dense=dense)
+        pieces = [
+            Piece.of_tree(4, 3, TREE),
+            Piece.of_text(50, 0, [1, 200, 201, 202], 2),
+            Piece.of_tree(30, 12, DraftTree.root_only(9)),
+        ]
+        results.append([*passes, *target_pass(deep_target, cache, pieces, layers, dense=dense)])
+    assert [len(logits) for _, logits in results[0]] == [1, 0, 6, 2, 1]
+    for mine, wanted in zip(*results, strict=True):
+        for found, other in zip(mine, wanted, strict=True):
+            torch.testing.assert_close(found, other, rtol=0, atol=TOLERANCE)
+
+
+def test_what_else_the_model_is_asked_for_stays_the_same(
+    deep_target: Target, deep_target_folder: Path
+) -> None:
+    from core.config import TargetConfig
+    from core.models.target import load_target
+
+    plain = load_target(TargetConfig(path=str(deep_target_folder), dtype="float32"))
+    use_ragged_attention(deep_target.model)
+    ids_BT = torch.tensor([[1, 50, 60, 70, 80], [1, 9, 9, 0, 0]])
+    mask_BT = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+    found, wanted = (one.features(ids_BT, mask_BT) for one in (deep_target, plain))
+    assert torch.equal(found, wanted)
+
+
+def test_the_engine_says_the_same_with_the_dense_mask(
+    deep_target: Target, deep_target_folder: Path
+) -> None:
+    head = random_head(deep_target, deep_target_folder)
+    config = DecodeConfig(max_context=128, cache_tokens=200)
+    found = []
+    for dense in (False, True):
+        decoder = SpeculativeDecoder(deep_target, head, config, dense_attention=dense)
+        texts: dict[int, list[int]] = {}
+        for prompt in ([1, 40, 41], [1, *range(60, 90)]):
+            texts[decoder.submit(Request(prompt, 8, plan=TreePlan(7, 2, 3)))] = []
+        while decoder.busy:
+            for event in decoder.step():
+                texts[event.request_id] += event.round.tokens
+        found.append(list(texts.values()))
+    assert found[0] == found[1]
