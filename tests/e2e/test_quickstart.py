@@ -68,7 +68,7 @@ def test_report_holds_what_was_measured(one_node: Path) -> None:
         overall["ways"]
     )
     page = (one_node / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 4
+    assert page.count("data:image/png;base64,") == 5
 
 
 def test_finished_stages_are_skipped(one_node: Path) -> None:

@@ -31,7 +31,7 @@ class Eagle3Config(DraftConfig):
     output_init: Literal["random", "target"] = field(
         "random",
         "what the head's output layer is before training: random as in the reference, or the "
-        "target's own rows, from which a short training gets further",
+        "target's own rows",
     )
     qkv_bias: bool = field(False, "biases of queries, keys and values, as Qwen-2's layers have")
     norm_before_residual: bool = field(
