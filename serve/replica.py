@@ -90,7 +90,7 @@ class DecoderReplica:
         except UserError as error:
             return Rejected(str(error), param="messages")
         # The last round's tree needs room too, whether or not it is accepted.
-        longest = self._decoder.max_context - self._decoder.plan.total_tokens
+        longest = self._decoder.longest(self._decoder.plan)
         room = longest - len(prompt_ids)
         wanted = request.max_new_tokens
         if room < 1 or (wanted is not None and wanted > room):

@@ -99,6 +99,11 @@ class SpeculativeDecoder:
             )
         return TreePlan(total_tokens, self.config.depth, self.config.top_k)
 
+    def longest(self, plan: TreePlan) -> int:
+        """Most tokens of prompt and output together for which context and cache have room."""
+        rows = self.scheduler.space.num_rows
+        return min(self.max_context - plan.total_tokens, rows - _tree_rows(plan))
+
     # Requests
 
     def submit(self, request: Request) -> int:

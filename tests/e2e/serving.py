@@ -63,7 +63,7 @@ def make_models(folder: Path) -> Config:
     config = Config().replace(
         target={"path": str(model), "dtype": "float32"},
         draft={"path": str(folder / "head")},
-        decode={"total_tokens": 16, "max_context": MAX_CONTEXT},
+        decode={"total_tokens": 16, "max_context": MAX_CONTEXT, "cache_tokens": MAX_CONTEXT + 100},
         serve={"port": free_port(), "model_name": "tiny", "cpus_per_replica": 1},
         cluster={"address": "local", "num_cpus": 2, "object_store_mb": 100},
     )
