@@ -337,11 +337,17 @@ def build_head(
 ) -> DraftHead:
     """A new head with random weights that depend on `seed` alone."""
     cls = implementation(type(config))
-    if config.intermediate_size:
-        geometry = replace(geometry, intermediate_size=config.intermediate_size)
+    geometry = geometry_of(config, geometry)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return cls(config, geometry, vocabulary)
+
+
+def geometry_of(config: DraftConfig, target: TargetGeometry) -> TargetGeometry:
+    """A head's geometry: its target's, but for what the config says otherwise."""
+    if config.intermediate_size:
+        return replace(target, intermediate_size=config.intermediate_size)
+    return target
 
 
 def implementation(config: type[DraftConfig]) -> type[DraftHead]:

@@ -69,14 +69,18 @@ RAY_TRAIN_SETTINGS = {
 
 
 def training_inputs(config: Config) -> Mapping[str, Path]:
-    """The features, or the examples that they are streamed from, and the target."""
+    """The features, or the examples that they are streamed from, the target, and a head's start."""
+    start: dict[str, Path] = {}
+    if config.draft.path:
+        start["draft.path"] = resolve_path(config.draft.path, field="draft.path")
     if streams(config):
-        return extraction_inputs(config)
+        return {**extraction_inputs(config), **start}
     if not config.features.path:
         raise ConfigError("features.path is not set; give the folder that extract_features wrote")
     return {
         "features.path": resolve_path(config.features.path, field="features.path"),
         "target.path": target_folder(config.target.path),
+        **start,
     }
 
 
@@ -117,12 +121,13 @@ def train_draft(config: Config, folder: RunFolder) -> Mapping[str, Any]:
     paths = training_inputs(config)
     output = folder.path.absolute()
     target = target_location(str(config.target.path))
+    start = paths["draft.path"].absolute() if "draft.path" in paths else None
     if streams(config):
         examples = paths["data.examples"].absolute()
         manifest = plan_manifest(config, examples, paths["target.path"])
-        task = prepare(config, target, examples, manifest)
+        task = prepare(config, target, examples, manifest, start)
     else:
-        task = prepare(config, target, paths["features.path"].absolute())
+        task = prepare(config, target, paths["features.path"].absolute(), start=start)
     order = task.order
     say(
         STAGE,

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoConfig
 
 from core.config import Config
@@ -19,7 +20,7 @@ from core.data.example_dataset import ExampleDataset
 from core.data.feature_manifest import Manifest, read_manifest
 from core.data.feature_shards import FeatureDataset
 from core.draft.base import DraftHead, TargetGeometry, build_head
-from core.draft.folder import save_head
+from core.draft.folder import load_head, save_head
 from core.draft.vocabulary import DraftVocabulary
 from core.errors import ConfigError, InputError
 from core.models.features import check_layers
@@ -32,6 +33,7 @@ from core.train.engine import build_engine
 from core.train.evaluation import ACCEPTED_DEPTH, ACCEPTED_LENGTH
 from core.train.loop import Host, TrainingLoop
 from core.train.order import FeatureSource, Selection, TrainingOrder, select_examples
+from core.train.start import load_start
 from core.train.state import TrainState, trim_metrics
 
 HEAD_FOLDER = "head"
@@ -53,6 +55,7 @@ class DraftTask:
         coverage: share of the supervised tokens that are in it.
         training: the sequences to learn from.
         held_out: those to evaluate on; None where the features have none.
+        start: folder of the head to go on from; None to start anew.
         code: versions and commit of the code that trains.
     """
 
@@ -66,6 +69,7 @@ class DraftTask:
     coverage: float
     training: Selection
     held_out: Selection | None
+    start: Path | None
     code: dict[str, Any]
 
     @property
@@ -74,9 +78,22 @@ class DraftTask:
         return TrainingOrder.of(self.training, self.config.train)
 
     def new_head(self) -> DraftHead:
-        """The head as it is before the first step, float32 on CPU."""
+        """A head of the task's shape, float32 on CPU, its weights random."""
         geometry = TargetGeometry.of(AutoConfig.from_pretrained(target_folder(self.target)))
         return build_head(self.config.draft, geometry, self.vocabulary, self.config.train.seed)
+
+    def first_head(self, output_head_VH: Tensor) -> DraftHead:
+        """The head as it is before the first step.
+
+        Args:
+            output_head_VH: [V, H], the target's.
+        """
+        head = self.new_head()
+        if self.start is None:
+            head.start_from(output_head_VH)
+        else:
+            head.load_state_dict(load_head(self.start).state_dict())
+        return head
 
 
 def count_parameters(config: Config, target: Path) -> int:
@@ -99,7 +116,11 @@ def open_shards(task: DraftTask, split: str) -> FeatureDataset:
 
 
 def prepare(
-    config: Config, target: str, features: Path, streamed: Manifest | None = None
+    config: Config,
+    target: str,
+    features: Path,
+    streamed: Manifest | None = None,
+    start: Path | None = None,
 ) -> DraftTask:
     """Read what there is to train on; depends on config and inputs alone.
 
@@ -108,8 +129,9 @@ def prepare(
         target: its location.
         features: the feature folder; with `streamed`, the folder of examples.
         streamed: what the features will be where they are streamed; None where they are on disk.
+        start: folder of the head to go on from; None to start anew.
     Raises:
-        MismatchError: the features come from another target.
+        MismatchError: the features come from another target, or `start` is another kind of head.
         InputError: no features, nothing supervised in them, or an example too long to stream.
         ConfigError: fewer sequences than a global batch, settings that exclude each other, or
             features without the layers that the head reads.
@@ -132,7 +154,11 @@ def prepare(
             f"{features}: no token of the {len(dataset)} training examples is "
             "supervised; prepare the data anew and look at it with prepare_data --inspect"
         )
-    vocabulary = DraftVocabulary.from_counts(counts_V, config.draft.vocab_size)
+    if start is None:
+        vocabulary = DraftVocabulary.from_counts(counts_V, config.draft.vocab_size)
+    else:
+        aux_layers = tuple(manifest.feature_layers[:-1])
+        vocabulary = load_start(start, config.draft, geometry, fingerprint, aux_layers).vocabulary
     training = select_examples(dataset, config.train.max_length)
     held_out = None
     if manifest.shards.get(HELD_OUT):
@@ -154,6 +180,7 @@ def prepare(
         coverage=vocabulary.coverage(counts_V),
         training=training,
         held_out=held_out if held_out is not None and len(held_out) else None,
+        start=start,
         code={**versions(), "git": git_revision()},
     )
     assert task.order.total_steps > 0
@@ -175,11 +202,10 @@ def train(
     Raises:
         StageError: the loss is not a number; on all workers.
     """
-    head = task.new_head()
-    parameters = sum(parameter.numel() for parameter in head.parameters())
     target = target_folder(task.target)
     output_head_VH = load_output_head(target)
-    head.start_from(output_head_VH)
+    head = task.first_head(output_head_VH)
+    parameters = sum(parameter.numel() for parameter in head.parameters())
     engine = build_engine(head, load_embedding(target), output_head_VH, task.config.train, device)
     held_out = None
     if task.held_out is not None:

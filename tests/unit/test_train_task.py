@@ -11,6 +11,7 @@ import torch
 from pydantic import ValidationError
 
 from core.config import Config
+from core.draft.folder import load_head, save_head
 from core.errors import ConfigError, MismatchError
 from core.models.tiny import save_tiny_target
 from core.models.weights import load_embedding, load_output_head
@@ -67,10 +68,49 @@ def test_an_output_layer_may_begin_as_the_targets(eagle3_folders: tuple[Path, Pa
     for start, same in (("random", False), ("target", True)):
         draft = {"kind": "eagle3", "vocab_size": 30, "output_init": start}
         task = prepare(_config().replace(draft=draft), str(eagle3_folders[0]), eagle3_folders[1])
-        head = task.new_head()
-        head.start_from(output_head_VH)
+        head = task.first_head(output_head_VH)
         rows_WH = task.vocabulary.rows(output_head_VH).float()
         assert torch.equal(head.state_dict()["lm_head.weight"], rows_WH) is same
+
+
+@pytest.fixture(scope="module")
+def trained_folder(
+    eagle3_folders: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    config = _config(seed=7).replace(draft={"kind": "eagle3", "vocab_size": 20})
+    task = prepare(config, str(eagle3_folders[0]), eagle3_folders[1])
+    folder = tmp_path_factory.mktemp("trained") / "head"
+    record = {"target_fingerprint": task.fingerprint, "feature_layers": [2, 3, 4, 7]}
+    save_head(folder, task.new_head(), record)
+    return folder
+
+
+def test_training_goes_on_from_a_head(
+    eagle3_folders: tuple[Path, Path], trained_folder: Path
+) -> None:
+    config = _config().replace(draft={"kind": "eagle3", "vocab_size": 30, "step_decay": 0.5})
+    task = prepare(config, str(eagle3_folders[0]), eagle3_folders[1], start=trained_folder)
+    first = task.first_head(load_output_head(eagle3_folders[0])).state_dict()
+    trained = load_head(trained_folder)
+    assert torch.equal(task.vocabulary.d2t_W, trained.vocabulary.d2t_W)
+    assert all(torch.equal(first[name], weight) for name, weight in trained.state_dict().items())
+    assert not torch.equal(first["fc.weight"], task.new_head().state_dict()["fc.weight"])
+
+
+@pytest.mark.parametrize(
+    ("draft", "said"),
+    [
+        ({"kind": "eagle1"}, r"kind is eagle3, not eagle1; set draft\.\*"),
+        ({"kind": "eagle3", "qkv_bias": True}, "qkv_bias is False, not True"),
+        ({"kind": "eagle3", "intermediate_size": 20}, r"intermediate_size is \d+, not 20"),
+    ],
+)
+def test_a_head_of_another_shape_is_no_start(
+    eagle3_folders: tuple[Path, Path], trained_folder: Path, draft: dict[str, Any], said: str
+) -> None:
+    config = _config().replace(draft=draft)
+    with pytest.raises(MismatchError, match=said):
+        prepare(config, str(eagle3_folders[0]), eagle3_folders[1], start=trained_folder)
 
 
 def test_features_without_the_heads_layers_are_refused(folders: tuple[Path, Path]) -> None:

@@ -16,8 +16,13 @@ class DraftConfig(Section):
     num_aux_layers: ClassVar[int] = 0
     """States of the target that the head reads besides the final feature."""
 
+    architecture: ClassVar[tuple[str, ...]] = ()
+    """Fields that say what the head computes; the others say how it is trained."""
+
     kind: str
-    path: str | None = setting(None, "folder of a trained draft head")
+    path: str | None = setting(
+        None, "folder of a trained draft head; train_draft goes on from it, with its vocabulary"
+    )
     vocab_size: int = field(
         8192,
         "tokens that the head may propose: the most frequent of the training data; "

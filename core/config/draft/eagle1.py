@@ -12,6 +12,7 @@ class Eagle1Config(DraftConfig):
     """EAGLE-1 head (Li et al. 2024, "EAGLE", section 4)."""
 
     implementation: ClassVar[str] = "core.draft.eagle1:Eagle1Head"
+    architecture: ClassVar[tuple[str, ...]] = ("bias", "qkv_bias")
 
     kind: Literal["eagle1"] = "eagle1"
     bias: bool = field(False, "bias in the fusion layer `fc`; vLLM reads heads without only")

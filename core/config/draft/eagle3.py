@@ -12,6 +12,7 @@ class Eagle3Config(DraftConfig):
     """EAGLE-3 head (Li et al. 2025, "EAGLE-3", section 3)."""
 
     implementation: ClassVar[str] = "core.draft.eagle3:Eagle3Head"
+    architecture: ClassVar[tuple[str, ...]] = ("rope_theta", "qkv_bias", "norm_before_residual")
 
     num_aux_layers: ClassVar[int] = 3
 
