@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from core.config.draft import DraftConfig
 from core.draft.base import DraftHead, TargetGeometry, geometry_of
@@ -34,7 +35,7 @@ def load_start(
         MismatchError: of another target, algorithm or shape, or on other features.
     """
     head = load_head(folder, target_fingerprint=fingerprint)
-    named = {"kind": (head.config.kind, config.kind)}
+    named: dict[str, tuple[Any, Any]] = {"kind": (head.config.kind, config.kind)}
     if head.config.kind == config.kind:
         for name in config.architecture:
             named[name] = (getattr(head.config, name), getattr(config, name))
