@@ -19,16 +19,18 @@ from fastapi import FastAPI
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from ray import serve as ray_serve
 from ray.serve.config import AutoscalingConfig
+from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
 
 from core.config import Config
 from core.errors import ConfigError
-from serve.errors import EXCEPTION_HANDLERS, ApiError, internal_error
+from serve.errors import EXCEPTION_HANDLERS, ApiError, internal_error, refusal
 from serve.protocol import (
     Accepted,
     Answer,
     ChatRequest,
     Event,
+    Failed,
     Finished,
     Generation,
     Progressed,
@@ -37,7 +39,7 @@ from serve.protocol import (
     model_list,
     server_sent,
 )
-from serve.replica import DecoderReplica
+from serve.replica import RETRY_AFTER_S, DecoderReplica
 
 DECODER = "Decoder"
 PAGE = Path(__file__).parent / "web" / "index.html"
@@ -47,9 +49,9 @@ PAGE_POLICY = (
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 
-# A replica decodes one request at a time. A few more wait inside it, so that it never idles
-# between two; the rest wait in the router, which gives them to whichever replica is free.
-MAX_ONGOING_REQUESTS = 4
+# What may be in a replica beyond those it decodes and those that wait in it: it refuses them
+# itself, at once, where the router would let them wait.
+MAX_REFUSED_AT_ONCE = 64
 # A replica that is replaced first finishes what it has begun.
 GRACEFUL_SHUTDOWN_S = 600.0
 # Failed starts before a deployment is given up. A broken config fails every time.
@@ -82,7 +84,13 @@ async def _prompt_tokens(events: AsyncIterator[Event]) -> int:
     """Wait for the first event, while a refusal can still set the status."""
     first = await anext(events)
     if isinstance(first, Rejected):
-        raise ApiError(400, first.message, param=first.param, code=first.code)
+        raise refusal(
+            first.status,
+            first.message,
+            param=first.param,
+            code=first.code,
+            retry_after_s=first.retry_after_s,
+        )
     assert isinstance(first, Accepted)
     return first.prompt_tokens
 
@@ -93,6 +101,8 @@ async def _whole(events: Any, answer: Answer, prompt_tokens: int) -> dict[str, A
         async for event in events:
             if isinstance(event, Finished):
                 return answer.whole(prompt_tokens, rounds, event)
+            if isinstance(event, Failed):
+                raise internal_error(event.message)
             rounds.append(event)
     raise internal_error()
 
@@ -102,6 +112,8 @@ async def _stream(events: Any, answer: Answer, prompt_tokens: int) -> AsyncItera
         yield server_sent(answer.opening())
         try:
             async for event in events:
+                if isinstance(event, Failed):
+                    raise internal_error(event.message)
                 if isinstance(event, Finished):
                     chunks = answer.closing(prompt_tokens, event)
                 else:
@@ -187,6 +199,13 @@ class Ingress:
         try:
             async for event in response:
                 yield event
+        except BackPressureError as error:
+            raise refusal(
+                429,
+                "too many requests wait already; try again later",
+                code="queue_full",
+                retry_after_s=RETRY_AFTER_S,
+            ) from error
         except Exception as error:
             logger.exception("the decoder failed")
             raise internal_error() from error
@@ -202,7 +221,7 @@ def build_app(args: Config) -> ray_serve.Application:
     Raises:
         ConfigError: serve.max_replicas is below serve.replicas.
     """
-    config = args.serve
+    config, decode = args.serve, args.decode
     if config.max_replicas < config.replicas:
         raise ConfigError(
             f"serve.max_replicas={config.max_replicas} is below "
@@ -218,9 +237,11 @@ def build_app(args: Config) -> ray_serve.Application:
         autoscaling_config=AutoscalingConfig(
             min_replicas=config.replicas,
             max_replicas=config.max_replicas,
-            target_ongoing_requests=1,
+            # A replica whose batch is full wants another one beside it.
+            target_ongoing_requests=decode.batch_size,
         ),
-        max_ongoing_requests=MAX_ONGOING_REQUESTS,
+        max_ongoing_requests=decode.batch_size + decode.max_waiting + MAX_REFUSED_AT_ONCE,
+        max_queued_requests=decode.max_waiting,
         graceful_shutdown_timeout_s=GRACEFUL_SHUTDOWN_S,
         max_constructor_retry_count=MAX_STARTS,
     )

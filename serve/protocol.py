@@ -193,16 +193,30 @@ class Generation:
 
 @dataclass(frozen=True)
 class Rejected:
-    """The only event of a request that cannot be served."""
+    """The only event of a request that is not served.
+
+    Attributes:
+        status: of HTTP.
+        retry_after_s: when the same request may find room; None if it never will.
+    """
 
     message: str
     param: str | None = None
     code: str | None = None
+    status: int = 400
+    retry_after_s: int | None = None
+
+
+@dataclass(frozen=True)
+class Failed:
+    """Last event of a request that the decoder could not finish."""
+
+    message: str
 
 
 @dataclass(frozen=True)
 class Accepted:
-    """First event: the request waits for its turn."""
+    """First event: the request waits for its turn or is at work."""
 
     prompt_tokens: int
 
@@ -237,7 +251,7 @@ class Finished:
     tokens_per_second: float
 
 
-Event = Rejected | Accepted | Progressed | Finished
+Event = Rejected | Accepted | Progressed | Finished | Failed
 
 
 # --- Responses ---------------------------------------------------------------

@@ -1,95 +1,97 @@
-"""One decoder replica: a target, its draft head, and the requests that wait for them."""
+"""One decoder replica: a target, its draft head, and the requests that they answer together."""
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import AsyncIterator, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from core.config import Config
-from core.errors import UserError
+from core.errors import BusyError, UserError
 from core.progress import say
-from serve.protocol import Accepted, Event, Finished, Generation, Progressed, Rejected
+from serve.loop import ClosingError, DecodingError, DecodingLoop, Turn
+from serve.protocol import Accepted, Event, Failed, Finished, Generation, Progressed, Rejected
 from serve.text import TextStream
 
 if TYPE_CHECKING:
     from core.decode.engine import SpeculativeDecoder
-    from core.decode.requests import Round
+    from core.decode.requests import Event as DecoderEvent
+    from core.decode.requests import Request, Round
+
+# When the queue is full: by then some answer has ended, or the client should wait longer yet.
+RETRY_AFTER_S = 1
 
 
 class DecoderReplica:
-    """A speculative decoder that serves one request at a time, in the order they come.
+    """A speculative decoder that answers many requests at once.
 
-    The decoder runs in a thread of its own, so that the event loop answers health checks and
-    takes cancellations while it computes. Everything it does goes through that one thread: a
-    request that was given up closes its generation before the next one's first round begins.
+    The decoder runs in a thread of its own (`serve.loop`), so that the event loop answers health
+    checks, takes cancellations and turns tokens into text while it computes.
     """
 
     def __init__(self, config: Config) -> None:
         """Load the models and warm up; a replica takes requests after that."""
         self._config = config
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="decoder")
-        self._turn = asyncio.Lock()
-        self._decoder = self._thread.submit(_load, config).result()
+        self._decoder = _load(config)
         self._tokenizer = self._decoder.target.tokenizer
+        self._loop = DecodingLoop(self._decoder)
+
+    def __del__(self) -> None:
+        """Called by Ray Serve too, when a replica that is replaced has answered everything."""
+        # A load that failed has left no loop.
+        if "_loop" in self.__dict__:
+            self._loop.close()
+
+    def check_health(self) -> None:
+        """Called by Ray Serve, which replaces a replica that raises here."""
+        if not self._loop.healthy:
+            raise DecodingError("the decoder fails in every round")
 
     async def generate(self, request: Generation) -> AsyncIterator[Event]:
         """Yields `Rejected` alone, or `Accepted`, a `Progressed` a round, and `Finished`.
 
-        Closing or cancelling the iterator stops the generation after the round that runs.
+        `Failed` may come in place of the rest. Closing or cancelling the iterator gives the
+        request up: its place and its rows are free when the round that runs is over.
         """
-        checked = self._check(request)
-        if isinstance(checked, Rejected):
-            yield checked
+        asked = self._check(request)
+        if isinstance(asked, Rejected):
+            yield asked
             return
-        prompt_ids, max_new_tokens = checked
-        yield Accepted(len(prompt_ids))
-        async with self._turn:
-            rounds: Any = self._decoder.generate(
-                prompt_ids,
-                max_new_tokens=max_new_tokens,
-                temperature=request.temperature,
-                top_p=request.top_p,
-                seed=request.seed,
+        try:
+            visit = self._loop.join([asked])
+        except BusyError as error:
+            yield Rejected(str(error), status=429, code="queue_full", retry_after_s=RETRY_AFTER_S)
+            return
+        except ClosingError as error:
+            yield Rejected(
+                str(error), status=503, code="shutting_down", retry_after_s=RETRY_AFTER_S
             )
-            try:
-                async for event in self._follow(rounds, request):
-                    yield event
-            finally:
-                # Not awaited: a cancelled request must not wait, and the thread keeps the order.
-                self._thread.submit(rounds.close)
+            return
+        answer = _Answer(TextStream(self._tokenizer, request.stops))
+        try:
+            yield Accepted(len(asked.prompt_ids))
+            async with aclosing(visit.events()) as events:
+                async for turn, event in events:
+                    for one in answer.take(turn, event):
+                        yield one
+        except DecodingError:
+            yield Failed("the decoder failed while it answered; try again, or see the server's log")
+        finally:
+            # Also where nobody came to wait for its events.
+            visit.give_up()
 
-    async def _follow(self, rounds: Iterator[Round], request: Generation) -> AsyncIterator[Event]:
-        loop = asyncio.get_running_loop()
-        stream = TextStream(self._tokenizer, request.stops)
-        figures = _Figures(time.monotonic())
-        last_token = None
-        while not stream.stopped:
-            one = await loop.run_in_executor(self._thread, next, rounds, None)
-            if one is None:
-                break
-            figures.count(one)
-            last_token = one.tokens[-1]
-            before = stream.num_tokens
-            spans = stream.push(one.tokens, one.drafted)
-            yield Progressed(tuple(spans), stream.num_tokens - before, one.tree_size)
-        if rest := stream.finish():
-            yield Progressed(tuple(rest), 0, 0)
-        ended = stream.stopped or last_token in self._decoder.target.eos_token_ids
-        yield figures.finished("stop" if ended else "length", stream.num_tokens)
-
-    def _check(self, request: Generation) -> Rejected | tuple[list[int], int]:
-        """The prompt's tokens and how many may be generated, or why not."""
+    def _check(self, request: Generation) -> Rejected | Request:
+        """What the decoder is asked, or why it is not."""
         from core.data.template import encode_prompt
+        from core.decode.requests import Request
+        from core.decode.sampling import SamplingSettings
 
         try:
             prompt_ids = encode_prompt(self._tokenizer, _messages(request))
         except UserError as error:
             return Rejected(str(error), param="messages")
-        # The last round's tree needs room too, whether or not it is accepted.
         longest = self._decoder.longest(self._decoder.plan)
         room = longest - len(prompt_ids)
         wanted = request.max_new_tokens
@@ -101,31 +103,54 @@ class DecoderReplica:
                 param="messages",
                 code="context_length_exceeded",
             )
-        return prompt_ids, wanted or min(room, self._config.serve.max_new_tokens)
+        given = {"temperature": request.temperature, "top_p": request.top_p}
+        changes: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
+        return Request(
+            prompt_ids,
+            wanted or min(room, self._config.serve.max_new_tokens),
+            SamplingSettings.of(self._config.decode.model_copy(update=changes)),
+            request.seed,
+        )
 
 
 @dataclass
-class _Figures:
-    """Counts the rounds of one answer."""
+class _Answer:
+    """Turns the rounds of one request into events, and counts them."""
 
-    started: float
+    text: TextStream
     passes: int = 0
     committed: int = 0
 
-    def count(self, one: Round) -> None:
-        # The prompt's own pass is no round of speculation.
-        if one.tree_size:
-            self.passes += 1
-            self.committed += len(one.tokens)
-
-    def finished(self, reason: Literal["stop", "length"], num_tokens: int) -> Finished:
-        return Finished(
+    def take(self, turn: Turn, event: DecoderEvent) -> Iterator[Event]:
+        done = event.round
+        self._count(done)
+        before = self.text.num_tokens
+        spans = self.text.push(done.tokens, done.drafted)
+        if self.text.stopped:
+            # The rounds that the decoder would still do are nobody's.
+            turn.give_up()
+        yield Progressed(tuple(spans), self.text.num_tokens - before, done.tree_size)
+        if turn.open:
+            return
+        if rest := self.text.finish():
+            yield Progressed(tuple(rest), 0, 0)
+        assert turn.started is not None
+        reason: Literal["stop", "length"] = (
+            "length" if event.ending == "length" and not self.text.stopped else "stop"
+        )
+        yield Finished(
             reason=reason,
-            completion_tokens=num_tokens,
+            completion_tokens=self.text.num_tokens,
             rounds=self.passes,
             accepted_length=self.committed / self.passes if self.passes else 1.0,
-            tokens_per_second=num_tokens / max(time.monotonic() - self.started, 1e-9),
+            tokens_per_second=self.text.num_tokens / max(time.monotonic() - turn.started, 1e-9),
         )
+
+    def _count(self, done: Round) -> None:
+        # The prompt's own pass is no round of speculation.
+        if done.tree_size:
+            self.passes += 1
+            self.committed += len(done.tokens)
 
 
 def _load(config: Config) -> SpeculativeDecoder:

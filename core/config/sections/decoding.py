@@ -62,7 +62,7 @@ class DecodeConfig(Section):
         ge=32,
     )
     batch_size: int = setting(16, "most sequences decoded at the same time", ge=1)
-    max_waiting: int = setting(64, "requests that may wait for their turn", ge=1)
+    max_waiting: int = setting(64, "requests that may wait for their turn; more are refused", ge=1)
     prefill_chunk: int = setting(
         512, "tokens of prompts read a round: how long the other sequences may be held up", ge=1
     )
