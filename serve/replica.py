@@ -3,22 +3,36 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Iterable, Iterator
 from contextlib import aclosing
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from core.config import Config
-from core.errors import BusyError, UserError
+from core.errors import BusyError, InputError, UserError
 from core.progress import say
+from serve.generation import (
+    Accepted,
+    Conversation,
+    Event,
+    Failed,
+    Finished,
+    Generation,
+    Progressed,
+    Prompt,
+    Reason,
+    Rejected,
+    ScoredToken,
+    Tokens,
+)
 from serve.loop import ClosingError, DecodingError, DecodingLoop, Turn
-from serve.protocol import Accepted, Event, Failed, Finished, Generation, Progressed, Rejected
 from serve.text import TextStream
 
 if TYPE_CHECKING:
     from core.decode.engine import SpeculativeDecoder
     from core.decode.requests import Event as DecoderEvent
-    from core.decode.requests import Request, Round
+    from core.decode.requests import Request
+    from core.decode.sampler import TokenLogprobs
 
 # When the queue is full: by then some answer has ended, or the client should wait longer yet.
 RETRY_AFTER_S = 1
@@ -49,32 +63,33 @@ class DecoderReplica:
         if not self._loop.healthy:
             raise DecodingError("the decoder fails in every round")
 
-    async def generate(self, request: Generation) -> AsyncIterator[Event]:
-        """Yields `Rejected` alone, or `Accepted`, a `Progressed` a round, and `Finished`.
+    async def generate(self, request: Generation) -> AsyncGenerator[Event, None]:
+        """Yields `Rejected` alone, or `Accepted`, a `Progressed` a round, a `Finished` a choice.
 
         `Failed` may come in place of the rest. Closing or cancelling the iterator gives the
-        request up: its place and its rows are free when the round that runs is over.
+        request up: its places and its rows are free when the round that runs is over.
         """
         asked = self._check(request)
         if isinstance(asked, Rejected):
             yield asked
             return
         try:
-            visit = self._loop.join([asked])
+            visit = self._loop.join(asked)
         except BusyError as error:
-            yield Rejected(str(error), status=429, code="queue_full", retry_after_s=RETRY_AFTER_S)
+            yield _not_now(error, 429, "queue_full")
             return
         except ClosingError as error:
-            yield Rejected(
-                str(error), status=503, code="shutting_down", retry_after_s=RETRY_AFTER_S
-            )
+            yield _not_now(error, 503, "shutting_down")
             return
-        answer = _Answer(TextStream(self._tokenizer, request.stops))
+        answers = [
+            _Answer(turn, self._tokenizer, TextStream(self._tokenizer, request.stops))
+            for turn in visit.turns
+        ]
         try:
-            yield Accepted(len(asked.prompt_ids))
+            yield Accepted(len(asked[0].prompt_ids))
             async with aclosing(visit.events()) as events:
                 async for turn, event in events:
-                    for one in answer.take(turn, event):
+                    for one in answers[turn.place].take(event):
                         yield one
         except DecodingError:
             yield Failed("the decoder failed while it answered; try again, or see the server's log")
@@ -82,75 +97,149 @@ class DecoderReplica:
             # Also where nobody came to wait for its events.
             visit.give_up()
 
-    def _check(self, request: Generation) -> Rejected | Request:
-        """What the decoder is asked, or why it is not."""
-        from core.data.template import encode_prompt
+    async def tokenize(self, prompt: Prompt, field: str) -> Tokens | Rejected:
+        """The tokens that a prompt is read as."""
+        try:
+            ids = self._prompt_ids(prompt)
+        except UserError as error:
+            return Rejected(str(error), param=field)
+        return Tokens(tuple(ids), self._decoder.longest(self._decoder.plan))
+
+    async def detokenize(self, token_ids: tuple[int, ...]) -> str | Rejected:
+        """The text of tokens, special ones included."""
+        try:
+            self._check_ids(token_ids)
+        except UserError as error:
+            return Rejected(str(error), param="tokens")
+        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=False))
+
+    def _check(self, request: Generation) -> Rejected | list[Request]:
+        """What the decoder is asked, a request a choice, or why it is not."""
         from core.decode.requests import Request
         from core.decode.sampling import SamplingSettings
 
+        field = request.prompt_field
         try:
-            prompt_ids = encode_prompt(self._tokenizer, _messages(request))
+            prompt_ids = self._prompt_ids(request.prompt)
         except UserError as error:
-            return Rejected(str(error), param="messages")
-        longest = self._decoder.longest(self._decoder.plan)
-        room = longest - len(prompt_ids)
-        wanted = request.max_new_tokens
-        if room < 1 or (wanted is not None and wanted > room):
-            asked = "" if wanted is None else f", and {wanted} are to be generated"
-            return Rejected(
-                f"this model's longest sequence is {longest} tokens; the messages take "
-                f"{len(prompt_ids)}{asked}; shorten the messages or lower max_tokens",
-                param="messages",
-                code="context_length_exceeded",
+            return Rejected(str(error), param=field)
+        if too_long := self._too_long(request, len(prompt_ids)):
+            return too_long
+        room = self._decoder.longest(self._decoder.plan) - len(prompt_ids)
+        max_new_tokens = request.max_new_tokens or min(room, self._config.serve.max_new_tokens)
+        stops = frozenset(request.stop_token_ids)
+        try:
+            self._check_ids(stops)
+            settings = replace(SamplingSettings.of(self._config.decode), **request.sampling)
+            settings.check_vocabulary(self._decoder.target.vocab_size)
+        except UserError as error:
+            return Rejected(str(error))
+        return [
+            Request(
+                prompt_ids,
+                max_new_tokens,
+                settings,
+                None if request.seed is None else request.seed + place,
+                stops,
             )
-        given = {"temperature": request.temperature, "top_p": request.top_p}
-        changes: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
-        return Request(
-            prompt_ids,
-            wanted or min(room, self._config.serve.max_new_tokens),
-            SamplingSettings.of(self._config.decode.model_copy(update=changes)),
-            request.seed,
+            for place in range(request.choices)
+        ]
+
+    def _too_long(self, request: Generation, num_prompt: int) -> Rejected | None:
+        longest = self._decoder.longest(self._decoder.plan)
+        wanted = request.max_new_tokens
+        if num_prompt + (wanted or 1) <= longest:
+            return None
+        asked = "" if wanted is None else f", and {wanted} are to be generated"
+        return Rejected(
+            f"this model's longest sequence is {longest} tokens; {request.prompt_field} takes "
+            f"{num_prompt}{asked}; shorten it or ask for fewer tokens",
+            param=request.prompt_field,
+            code="context_length_exceeded",
         )
 
+    def _prompt_ids(self, prompt: Prompt) -> list[int]:
+        from core.data.conversations import Message
+        from core.data.template import encode_prompt
 
-@dataclass
+        if isinstance(prompt, Conversation):
+            messages = [Message(role, content) for role, content in prompt.messages]
+            return encode_prompt(self._tokenizer, messages)
+        if isinstance(prompt, str):
+            ids: list[int] = self._tokenizer(prompt)["input_ids"]
+        else:
+            self._check_ids(prompt)
+            ids = list(prompt)
+        if not ids:
+            raise InputError("the prompt is empty; give at least one token")
+        return ids
+
+    def _check_ids(self, token_ids: Iterable[int]) -> None:
+        size = self._decoder.target.vocab_size
+        if (most := max(token_ids, default=0)) >= size:
+            raise InputError(
+                f"token {most}: the model has {size} tokens; give ids from 0 to {size - 1}"
+            )
+
+
 class _Answer:
-    """Turns the rounds of one request into events, and counts them."""
+    """Turns the rounds of one choice into events, and counts them."""
 
-    text: TextStream
-    passes: int = 0
-    committed: int = 0
+    def __init__(self, turn: Turn, tokenizer: Any, text: TextStream) -> None:
+        self._turn, self._tokenizer, self._text = turn, tokenizer, text
+        self._passes = self._committed = 0
 
-    def take(self, turn: Turn, event: DecoderEvent) -> Iterator[Event]:
-        done = event.round
-        self._count(done)
-        before = self.text.num_tokens
-        spans = self.text.push(done.tokens, done.drafted)
-        if self.text.stopped:
-            # The rounds that the decoder would still do are nobody's.
-            turn.give_up()
-        yield Progressed(tuple(spans), self.text.num_tokens - before, done.tree_size)
-        if turn.open:
-            return
-        if rest := self.text.finish():
-            yield Progressed(tuple(rest), 0, 0)
-        assert turn.started is not None
-        reason: Literal["stop", "length"] = (
-            "length" if event.ending == "length" and not self.text.stopped else "stop"
-        )
-        yield Finished(
-            reason=reason,
-            completion_tokens=self.text.num_tokens,
-            rounds=self.passes,
-            accepted_length=self.committed / self.passes if self.passes else 1.0,
-            tokens_per_second=self.text.num_tokens / max(time.monotonic() - turn.started, 1e-9),
-        )
-
-    def _count(self, done: Round) -> None:
+    def take(self, event: DecoderEvent) -> Iterator[Event]:
+        done, turn, text = event.round, self._turn, self._text
         # The prompt's own pass is no round of speculation.
         if done.tree_size:
-            self.passes += 1
-            self.committed += len(done.tokens)
+            self._passes += 1
+            self._committed += len(done.tokens)
+        before = text.num_tokens
+        spans = text.push(done.tokens, done.drafted)
+        count = text.num_tokens - before
+        if text.stopped:
+            # The rounds that the decoder would still do are nobody's.
+            turn.give_up()
+        tokens = tuple(self._scored(one) for one in done.logprobs[:count])
+        guessed = sum(done.drafted[:count])
+        yield Progressed(turn.place, tuple(spans), count, done.tree_size, tokens, guessed)
+        if turn.open:
+            return
+        if rest := text.finish():
+            yield Progressed(turn.place, tuple(rest), 0, 0)
+        if text.stopped:
+            yield self._finished("string")
+        else:
+            yield self._finished("length" if event.ending == "length" else "token")
+
+    def _finished(self, reason: Reason) -> Finished:
+        assert self._turn.started is not None
+        count = self._text.num_tokens
+        return Finished(
+            choice=self._turn.place,
+            reason=reason,
+            completion_tokens=count,
+            rounds=self._passes,
+            accepted_length=self._committed / self._passes if self._passes else 1.0,
+            tokens_per_second=count / max(time.monotonic() - self._turn.started, 1e-9),
+        )
+
+    def _scored(self, token: TokenLogprobs) -> ScoredToken:
+        return ScoredToken(
+            token.token_id,
+            self._text_of(token.token_id),
+            token.logprob,
+            tuple((self._text_of(one), logprob) for one, logprob in token.top),
+            token.token_id in self._tokenizer.all_special_ids,
+        )
+
+    def _text_of(self, token: int) -> str:
+        return str(self._tokenizer.decode([token], skip_special_tokens=False))
+
+
+def _not_now(error: Exception, status: int, code: str) -> Rejected:
+    return Rejected(str(error), status=status, code=code, retry_after_s=RETRY_AFTER_S)
 
 
 def _load(config: Config) -> SpeculativeDecoder:
@@ -161,9 +250,3 @@ def _load(config: Config) -> SpeculativeDecoder:
     if loaded.calibration is not None:
         say("serve", f"draft tree: {loaded.calibration.plan.total_tokens} nodes")
     return loaded.decoder
-
-
-def _messages(request: Generation) -> list[Any]:
-    from core.data.conversations import Message
-
-    return [Message(role, content) for role, content in request.messages]

@@ -207,10 +207,10 @@ def test_several_clients_get_their_own_answers(
     ("status", "code", "param", "settings"),
     [
         (404, "model_not_found", "model", {"model": "gpt"}),
-        (400, "unsupported_parameter", "n", {"n": 2}),
+        (400, "unsupported_parameter", "tools", {"tools": [{"type": "function"}]}),
         (400, None, "temperature", {"temperature": -1}),
         (400, None, "messages", {"messages": []}),
-        (400, None, "top_k", {"extra_body": {"top_k": 5}}),
+        (400, None, "top-k", {"extra_body": {"top-k": 5}}),
         (400, "context_length_exceeded", "messages", {"max_tokens": MAX_CONTEXT}),
     ],
 )

@@ -16,7 +16,15 @@ from core.data.conversations import Message
 from core.data.template import encode_prompt
 from core.decode import engine
 from core.models.tiny import save_tiny_target
-from serve.protocol import Accepted, Failed, Finished, Generation, Progressed, Rejected
+from serve.generation import (
+    Accepted,
+    Conversation,
+    Failed,
+    Finished,
+    Generation,
+    Progressed,
+    Rejected,
+)
 from serve.replica import DecoderReplica
 
 Run = Callable[[Coroutine[Any, Any, Any]], Any]
@@ -46,7 +54,7 @@ def replica(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DecoderReplica
 
 
 def asked(prompt: str, **settings: Any) -> Generation:
-    return Generation(messages=(("user", prompt),), **settings)
+    return Generation(Conversation((("user", prompt),)), **settings)
 
 
 async def events_of(replica: DecoderReplica, request: Generation) -> list[Any]:
@@ -73,7 +81,7 @@ def test_an_answer_that_ends_by_itself(replica: DecoderReplica, run: Run) -> Non
     assert isinstance(events[0], Accepted)
     assert text_of(events) == text
     assert isinstance(events[-1], Finished)
-    assert events[-1].reason == "stop"
+    assert events[-1].reason == "token"
     assert events[-1].completion_tokens == len(tokens)
 
 
@@ -114,7 +122,7 @@ async def take(events: AsyncIterator[Any], count: int) -> list[Any]:
 
 def test_closing_an_answer_stops_the_decoder(replica: DecoderReplica, run: Run) -> None:
     async def give_up() -> list[Any]:
-        async with aclosing(replica.generate(asked("Hello!", max_new_tokens=300))) as events:  # type: ignore[type-var]
+        async with aclosing(replica.generate(asked("Hello!", max_new_tokens=300))) as events:
             await take(events, 4)
         return await events_of(replica, asked("Hello!"))
 
@@ -135,7 +143,7 @@ def test_a_full_queue_is_said_at_once(
     monkeypatch.setattr(replica._loop, "most", 1)
 
     async def ask_two() -> tuple[list[Any], list[Any]]:
-        async with aclosing(replica.generate(asked("Hello!", max_new_tokens=300))) as events:  # type: ignore[type-var]
+        async with aclosing(replica.generate(asked("Hello!", max_new_tokens=300))) as events:
             await take(events, 2)
             refused = await events_of(replica, asked("Hello!"))
         return refused, await events_of(replica, asked("Hello!"))
@@ -163,7 +171,7 @@ def test_a_stop_string_ends_the_decoding(replica: DecoderReplica, run: Run) -> N
     stop = text[10:12]
     events = run(events_of(replica, asked("Hello!", max_new_tokens=60, stops=(stop,))))
     assert text_of(events) == text[: text.index(stop)]
-    assert events[-1].reason == "stop"
+    assert events[-1].reason == "string"
     assert events[-1].completion_tokens < 60
 
 
