@@ -69,7 +69,7 @@ def build_api(backend: Backend, config: ServeConfig) -> FastAPI:
         exception_handlers=EXCEPTION_HANDLERS,  # type: ignore[arg-type]
     )
     api.add_middleware(
-        Guard,  # type: ignore[arg-type]
+        Guard,
         hashes=config.api_keys,
         max_bytes=config.max_request_bytes,
     )

@@ -69,7 +69,8 @@ def test_contents_of_parts_and_the_newer_system_role() -> None:
         {"role": "assistant", "content": "c", "refusal": None, "tool_calls": None},
     ]
     expected = (("system", "be brief"), ("user", "ab"), ("assistant", "c"))
-    assert generation(messages=messages).prompt == Conversation(expected)
+    prompt = generation(messages=messages).prompt
+    assert isinstance(prompt, Conversation) and prompt.messages == expected
 
 
 def test_harmless_fields_are_accepted() -> None:
