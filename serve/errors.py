@@ -23,6 +23,7 @@ class ApiError(Exception):
         kind: OpenAI's `type`.
         param: the field of the request.
         code: OpenAI's machine-readable code.
+        retry_after_s: sent as the header `Retry-After`.
     """
 
     def __init__(
@@ -33,9 +34,10 @@ class ApiError(Exception):
         kind: str = "invalid_request_error",
         param: str | None = None,
         code: str | None = None,
+        retry_after_s: int | None = None,
     ) -> None:
         super().__init__(message)
-        self.status, self.message = status, message
+        self.status, self.message, self.retry_after_s = status, message, retry_after_s
         self.kind, self.param, self.code = kind, param, code
 
     def body(self) -> dict[str, Any]:
@@ -78,7 +80,8 @@ def _is_tag(part: int | str) -> bool:
 
 async def _on_api_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, ApiError)
-    return JSONResponse(error.body(), status_code=error.status)
+    headers = {} if error.retry_after_s is None else {"Retry-After": str(error.retry_after_s)}
+    return JSONResponse(error.body(), status_code=error.status, headers=headers)
 
 
 async def _on_validation_error(request: Request, error: Exception) -> JSONResponse:
@@ -99,9 +102,22 @@ async def _on_error(request: Request, error: Exception) -> JSONResponse:
     return await _on_api_error(request, internal_error())
 
 
-def internal_error() -> ApiError:
+def internal_error(message: str = "internal error; see the server's log") -> ApiError:
     """What a client is told about a failure that is not its own."""
-    return ApiError(500, "internal error; see the server's log", kind="server_error")
+    return ApiError(500, message, kind="server_error")
+
+
+def refusal(
+    status: int,
+    message: str,
+    *,
+    param: str | None = None,
+    code: str | None = None,
+    retry_after_s: int | None = None,
+) -> ApiError:
+    """What a client is told whose request is not served, in OpenAI's words for the status."""
+    kind = {429: "rate_limit_error", 503: "server_error"}.get(status, "invalid_request_error")
+    return ApiError(status, message, kind=kind, param=param, code=code, retry_after_s=retry_after_s)
 
 
 EXCEPTION_HANDLERS = {

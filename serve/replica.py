@@ -1,131 +1,245 @@
-"""One decoder replica: a target, its draft head, and the requests that wait for them."""
+"""One decoder replica: a target, its draft head, and the requests that they answer together."""
 
 from __future__ import annotations
 
-import asyncio
 import time
-from collections.abc import AsyncIterator, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import AsyncGenerator, Iterable, Iterator
+from contextlib import aclosing
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from core.config import Config
-from core.errors import UserError
+from core.errors import BusyError, InputError, UserError
 from core.progress import say
-from serve.protocol import Accepted, Event, Finished, Generation, Progressed, Rejected
+from serve.generation import (
+    Accepted,
+    Conversation,
+    Event,
+    Failed,
+    Finished,
+    Generation,
+    Progressed,
+    Prompt,
+    Reason,
+    Rejected,
+    ScoredToken,
+    Tokens,
+)
+from serve.loop import ClosingError, DecodingError, DecodingLoop, Turn
 from serve.text import TextStream
 
 if TYPE_CHECKING:
     from core.decode.engine import SpeculativeDecoder
-    from core.decode.requests import Round
+    from core.decode.requests import Event as DecoderEvent
+    from core.decode.requests import Request
+    from core.decode.sampler import TokenLogprobs
+
+# When the queue is full: by then some answer has ended, or the client should wait longer yet.
+RETRY_AFTER_S = 1
 
 
 class DecoderReplica:
-    """A speculative decoder that serves one request at a time, in the order they come.
+    """A speculative decoder that answers many requests at once.
 
-    The decoder runs in a thread of its own, so that the event loop answers health checks and
-    takes cancellations while it computes. Everything it does goes through that one thread: a
-    request that was given up closes its generation before the next one's first round begins.
+    The decoder runs in a thread of its own (`serve.loop`), so that the event loop answers health
+    checks, takes cancellations and turns tokens into text while it computes.
     """
 
     def __init__(self, config: Config) -> None:
         """Load the models and warm up; a replica takes requests after that."""
         self._config = config
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="decoder")
-        self._turn = asyncio.Lock()
-        self._decoder = self._thread.submit(_load, config).result()
+        self._decoder = _load(config)
         self._tokenizer = self._decoder.target.tokenizer
+        self._loop = DecodingLoop(self._decoder)
 
-    async def generate(self, request: Generation) -> AsyncIterator[Event]:
-        """Yields `Rejected` alone, or `Accepted`, a `Progressed` a round, and `Finished`.
+    def __del__(self) -> None:
+        """Called by Ray Serve too, when a replica that is replaced has answered everything."""
+        # A load that failed has left no loop.
+        if "_loop" in self.__dict__:
+            self._loop.close()
 
-        Closing or cancelling the iterator stops the generation after the round that runs.
+    def check_health(self) -> None:
+        """Called by Ray Serve, which replaces a replica that raises here."""
+        if not self._loop.healthy:
+            raise DecodingError("the decoder fails in every round")
+
+    async def generate(self, request: Generation) -> AsyncGenerator[Event, None]:
+        """Yields `Rejected` alone, or `Accepted`, a `Progressed` a round, a `Finished` a choice.
+
+        `Failed` may come in place of the rest. Closing or cancelling the iterator gives the
+        request up: its places and its rows are free when the round that runs is over.
         """
-        checked = self._check(request)
-        if isinstance(checked, Rejected):
-            yield checked
+        asked = self._check(request)
+        if isinstance(asked, Rejected):
+            yield asked
             return
-        prompt_ids, max_new_tokens = checked
-        yield Accepted(len(prompt_ids))
-        async with self._turn:
-            rounds: Any = self._decoder.generate(
+        try:
+            visit = self._loop.join(asked)
+        except BusyError as error:
+            yield _not_now(error, 429, "queue_full")
+            return
+        except ClosingError as error:
+            yield _not_now(error, 503, "shutting_down")
+            return
+        answers = [
+            _Answer(turn, self._tokenizer, TextStream(self._tokenizer, request.stops))
+            for turn in visit.turns
+        ]
+        try:
+            yield Accepted(len(asked[0].prompt_ids))
+            async with aclosing(visit.events()) as events:
+                async for turn, event in events:
+                    for one in answers[turn.place].take(event):
+                        yield one
+        except DecodingError:
+            yield Failed("the decoder failed while it answered; try again, or see the server's log")
+        finally:
+            # Also where nobody came to wait for its events.
+            visit.give_up()
+
+    async def tokenize(self, prompt: Prompt, field: str) -> Tokens | Rejected:
+        """The tokens that a prompt is read as."""
+        try:
+            ids = self._prompt_ids(prompt)
+        except UserError as error:
+            return Rejected(str(error), param=field)
+        return Tokens(tuple(ids), self._decoder.longest(self._decoder.plan))
+
+    async def detokenize(self, token_ids: tuple[int, ...]) -> str | Rejected:
+        """The text of tokens, special ones included."""
+        try:
+            self._check_ids(token_ids)
+        except UserError as error:
+            return Rejected(str(error), param="tokens")
+        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=False))
+
+    def _check(self, request: Generation) -> Rejected | list[Request]:
+        """What the decoder is asked, a request a choice, or why it is not."""
+        from core.decode.requests import Request
+        from core.decode.sampling import SamplingSettings
+
+        field = request.prompt_field
+        try:
+            prompt_ids = self._prompt_ids(request.prompt)
+        except UserError as error:
+            return Rejected(str(error), param=field)
+        if too_long := self._too_long(request, len(prompt_ids)):
+            return too_long
+        room = self._decoder.longest(self._decoder.plan) - len(prompt_ids)
+        max_new_tokens = request.max_new_tokens or min(room, self._config.serve.max_new_tokens)
+        stops = frozenset(request.stop_token_ids)
+        try:
+            self._check_ids(stops)
+            settings = replace(SamplingSettings.of(self._config.decode), **request.sampling)
+            settings.check_vocabulary(self._decoder.target.vocab_size)
+        except UserError as error:
+            return Rejected(str(error))
+        return [
+            Request(
                 prompt_ids,
-                max_new_tokens=max_new_tokens,
-                temperature=request.temperature,
-                top_p=request.top_p,
-                seed=request.seed,
+                max_new_tokens,
+                settings,
+                None if request.seed is None else request.seed + place,
+                stops,
             )
-            try:
-                async for event in self._follow(rounds, request):
-                    yield event
-            finally:
-                # Not awaited: a cancelled request must not wait, and the thread keeps the order.
-                self._thread.submit(rounds.close)
+            for place in range(request.choices)
+        ]
 
-    async def _follow(self, rounds: Iterator[Round], request: Generation) -> AsyncIterator[Event]:
-        loop = asyncio.get_running_loop()
-        stream = TextStream(self._tokenizer, request.stops)
-        figures = _Figures(time.monotonic())
-        last_token = None
-        while not stream.stopped:
-            one = await loop.run_in_executor(self._thread, next, rounds, None)
-            if one is None:
-                break
-            figures.count(one)
-            last_token = one.tokens[-1]
-            before = stream.num_tokens
-            spans = stream.push(one.tokens, one.drafted)
-            yield Progressed(tuple(spans), stream.num_tokens - before, one.tree_size)
-        if rest := stream.finish():
-            yield Progressed(tuple(rest), 0, 0)
-        ended = stream.stopped or last_token in self._decoder.target.eos_token_ids
-        yield figures.finished("stop" if ended else "length", stream.num_tokens)
+    def _too_long(self, request: Generation, num_prompt: int) -> Rejected | None:
+        longest = self._decoder.longest(self._decoder.plan)
+        wanted = request.max_new_tokens
+        if num_prompt + (wanted or 1) <= longest:
+            return None
+        asked = "" if wanted is None else f", and {wanted} are to be generated"
+        return Rejected(
+            f"this model's longest sequence is {longest} tokens; {request.prompt_field} takes "
+            f"{num_prompt}{asked}; shorten it or ask for fewer tokens",
+            param=request.prompt_field,
+            code="context_length_exceeded",
+        )
 
-    def _check(self, request: Generation) -> Rejected | tuple[list[int], int]:
-        """The prompt's tokens and how many may be generated, or why not."""
+    def _prompt_ids(self, prompt: Prompt) -> list[int]:
+        from core.data.conversations import Message
         from core.data.template import encode_prompt
 
-        try:
-            prompt_ids = encode_prompt(self._tokenizer, _messages(request))
-        except UserError as error:
-            return Rejected(str(error), param="messages")
-        # The last round's tree needs room too, whether or not it is accepted.
-        longest = self._decoder.longest(self._decoder.plan)
-        room = longest - len(prompt_ids)
-        wanted = request.max_new_tokens
-        if room < 1 or (wanted is not None and wanted > room):
-            asked = "" if wanted is None else f", and {wanted} are to be generated"
-            return Rejected(
-                f"this model's longest sequence is {longest} tokens; the messages take "
-                f"{len(prompt_ids)}{asked}; shorten the messages or lower max_tokens",
-                param="messages",
-                code="context_length_exceeded",
+        if isinstance(prompt, Conversation):
+            messages = [Message(role, content) for role, content in prompt.messages]
+            return encode_prompt(self._tokenizer, messages)
+        if isinstance(prompt, str):
+            ids: list[int] = self._tokenizer(prompt)["input_ids"]
+        else:
+            self._check_ids(prompt)
+            ids = list(prompt)
+        if not ids:
+            raise InputError("the prompt is empty; give at least one token")
+        return ids
+
+    def _check_ids(self, token_ids: Iterable[int]) -> None:
+        size = self._decoder.target.vocab_size
+        if (most := max(token_ids, default=0)) >= size:
+            raise InputError(
+                f"token {most}: the model has {size} tokens; give ids from 0 to {size - 1}"
             )
-        return prompt_ids, wanted or min(room, self._config.serve.max_new_tokens)
 
 
-@dataclass
-class _Figures:
-    """Counts the rounds of one answer."""
+class _Answer:
+    """Turns the rounds of one choice into events, and counts them."""
 
-    started: float
-    passes: int = 0
-    committed: int = 0
+    def __init__(self, turn: Turn, tokenizer: Any, text: TextStream) -> None:
+        self._turn, self._tokenizer, self._text = turn, tokenizer, text
+        self._passes = self._committed = 0
 
-    def count(self, one: Round) -> None:
+    def take(self, event: DecoderEvent) -> Iterator[Event]:
+        done, turn, text = event.round, self._turn, self._text
         # The prompt's own pass is no round of speculation.
-        if one.tree_size:
-            self.passes += 1
-            self.committed += len(one.tokens)
+        if done.tree_size:
+            self._passes += 1
+            self._committed += len(done.tokens)
+        before = text.num_tokens
+        spans = text.push(done.tokens, done.drafted)
+        count = text.num_tokens - before
+        if text.stopped:
+            # The rounds that the decoder would still do are nobody's.
+            turn.give_up()
+        tokens = tuple(self._scored(one) for one in done.logprobs[:count])
+        guessed = sum(done.drafted[:count])
+        yield Progressed(turn.place, tuple(spans), count, done.tree_size, tokens, guessed)
+        if turn.open:
+            return
+        if rest := text.finish():
+            yield Progressed(turn.place, tuple(rest), 0, 0)
+        if text.stopped:
+            yield self._finished("string")
+        else:
+            yield self._finished("length" if event.ending == "length" else "token")
 
-    def finished(self, reason: Literal["stop", "length"], num_tokens: int) -> Finished:
+    def _finished(self, reason: Reason) -> Finished:
+        assert self._turn.started is not None
+        count = self._text.num_tokens
         return Finished(
+            choice=self._turn.place,
             reason=reason,
-            completion_tokens=num_tokens,
-            rounds=self.passes,
-            accepted_length=self.committed / self.passes if self.passes else 1.0,
-            tokens_per_second=num_tokens / max(time.monotonic() - self.started, 1e-9),
+            completion_tokens=count,
+            rounds=self._passes,
+            accepted_length=self._committed / self._passes if self._passes else 1.0,
+            tokens_per_second=count / max(time.monotonic() - self._turn.started, 1e-9),
         )
+
+    def _scored(self, token: TokenLogprobs) -> ScoredToken:
+        return ScoredToken(
+            token.token_id,
+            self._text_of(token.token_id),
+            token.logprob,
+            tuple((self._text_of(one), logprob) for one, logprob in token.top),
+            token.token_id in self._tokenizer.all_special_ids,
+        )
+
+    def _text_of(self, token: int) -> str:
+        return str(self._tokenizer.decode([token], skip_special_tokens=False))
+
+
+def _not_now(error: Exception, status: int, code: str) -> Rejected:
+    return Rejected(str(error), status=status, code=code, retry_after_s=RETRY_AFTER_S)
 
 
 def _load(config: Config) -> SpeculativeDecoder:
@@ -136,9 +250,3 @@ def _load(config: Config) -> SpeculativeDecoder:
     if loaded.calibration is not None:
         say("serve", f"draft tree: {loaded.calibration.plan.total_tokens} nodes")
     return loaded.decoder
-
-
-def _messages(request: Generation) -> list[Any]:
-    from core.data.conversations import Message
-
-    return [Message(role, content) for role, content in request.messages]

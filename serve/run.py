@@ -27,6 +27,7 @@ from core.runtime.connect import connect, on_cluster
 from core.runtime.conversion import with_converted_target
 from core.runtime.job import guarded
 from serve.app import build_app
+from serve.keys import key_hashes
 
 NAME = "serve"
 SECTIONS = ("convert", "target", "draft", "decode", "serve", "cluster")
@@ -89,7 +90,7 @@ def check(config: Config) -> Config:
     """Read what the replicas will load; returns the config as other nodes can use it.
 
     Raises:
-        InputError: the target or the head does not exist.
+        InputError: the target or the head does not exist, or keys are not as they should be.
         MismatchError: the head was trained for another target.
     """
     try:
@@ -100,6 +101,7 @@ def check(config: Config) -> Config:
             f"{error}\n  set target.path and draft.path to what is there; "
             "configs/serve_smollm2.yaml needs nothing but itself"
         ) from error
+    key_hashes(config.serve)
     location = target_location(str(config.target.path))
     if not head:
         say(NAME, "draft.path is not set: the target alone, without speculation")

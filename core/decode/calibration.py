@@ -90,11 +90,13 @@ def calibrate(decoder: SpeculativeDecoder) -> Calibration:
         encode_prompt(decoder.target.tokenizer, [Message("user", question)])
         for question in QUESTIONS
     ]
-    longest = max(len(prompt) for prompt in prompts) + NEW_TOKENS + largest.total_tokens
-    if longest > decoder.max_context:
+    needed = max(len(prompt) for prompt in prompts) + NEW_TOKENS
+    if needed > decoder.longest(largest):
         raise ConfigError(
-            f"decode.max_context={decoder.max_context} is too short for the measurement behind "
-            f"decode.total_tokens=auto, which needs {longest}; raise it, or set a fixed tree size"
+            f"decode.max_context={decoder.max_context} or decode.cache_tokens="
+            f"{config.cache_tokens} is too small for the measurement behind "
+            f"decode.total_tokens=auto: {needed} tokens and a tree of {largest.total_tokens}; "
+            "raise them, or set a fixed tree size"
         )
     records = _decode(decoder, prompts, largest)
     if not records:

@@ -115,7 +115,7 @@ class SpeculativeDecoder:
             BusyError: too many wait already.
         """
         plan = request.plan or self.plan
-        self.check_fits(request.prompt_ids, request.max_new_tokens, plan.total_tokens)
+        self.check_fits(request.prompt_ids, request.max_new_tokens, plan)
         request.settings.check_vocabulary(self.target.vocab_size)
         speculates = plan.total_tokens > 1
         ngrams = None
@@ -139,6 +139,11 @@ class SpeculativeDecoder:
         for sequence in (*self.scheduler.running, *self.scheduler.waiting):
             if sequence.id == request_id:
                 self.scheduler.end(sequence)
+
+    def reset(self) -> None:
+        """Give all requests up and forget what was computed, as after a round that failed."""
+        self.scheduler = Scheduler(self.config, self._move)
+        self._untold = []
 
     @property
     def busy(self) -> bool:
@@ -207,19 +212,24 @@ class SpeculativeDecoder:
             del self._streams[request_id]
             self.cancel(request_id)
 
-    def check_fits(self, prompt_ids: Sequence[int], max_new_tokens: int, total_tokens: int) -> None:
-        """Raise InputError where prompt, output and a tree do not fit the context together."""
+    def check_fits(self, prompt_ids: Sequence[int], max_new_tokens: int, plan: TreePlan) -> None:
+        """Raise InputError where context or cache have no room for prompt, output and a tree."""
         if not prompt_ids:
             raise InputError("the prompt is empty; give at least one token")
         if max_new_tokens < 1:
             raise InputError(f"max_new_tokens={max_new_tokens} generates nothing; give 1 or more")
-        needed = len(prompt_ids) + max_new_tokens + total_tokens
-        if needed > self.max_context:
+        needed, longest = len(prompt_ids) + max_new_tokens, self.longest(plan)
+        if needed > longest:
+            in_context = longest == self.max_context - plan.total_tokens
             raise InputError(
-                f"{len(prompt_ids)} prompt tokens + {max_new_tokens} new tokens + a tree of "
-                f"{total_tokens} need {needed} positions, but the context holds "
-                f"{self.max_context}; shorten the prompt, lower max_new_tokens, or raise "
-                "decode.max_context (up to the model's own limit)"
+                f"{len(prompt_ids)} prompt tokens + {max_new_tokens} new tokens are {needed}, but "
+                f"beside a tree of {plan.total_tokens} the longest sequence is {longest}; shorten "
+                "the prompt, lower max_new_tokens, or raise "
+                + (
+                    f"decode.max_context={self.max_context} (up to the model's own limit)"
+                    if in_context
+                    else f"decode.cache_tokens={self.config.cache_tokens}"
+                )
             )
 
     # A round

@@ -15,7 +15,7 @@ from itertools import takewhile
 from core.config import DecodeConfig
 from core.decode.requests import DecodedSequence
 from core.decode.rows import RowSpace, Stretch
-from core.errors import BusyError, InputError
+from core.errors import BusyError
 
 # Below, looking for rows to take over costs more than the prompt.
 SHORTEST_PREFIX = 8
@@ -76,16 +76,9 @@ class Scheduler:
         """Queue a sequence.
 
         Raises:
-            InputError: it can never be decoded.
             BusyError: too many wait already.
         """
-        if sequence.num_rows > self.space.num_rows:
-            raise InputError(
-                f"{len(sequence.request.prompt_ids)} prompt tokens + "
-                f"{sequence.request.max_new_tokens} new tokens and their draft tree need "
-                f"{sequence.num_rows} rows of the KV cache, which has {self.space.num_rows}; "
-                "shorten the prompt, lower max_new_tokens, or raise decode.cache_tokens"
-            )
+        assert sequence.num_rows <= self.space.num_rows, "the decoder lets none in that cannot fit"
         if len(self.waiting) >= self.config.max_waiting:
             raise BusyError(
                 f"{len(self.waiting)} requests wait already; try again later, or raise "

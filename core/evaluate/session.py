@@ -62,14 +62,16 @@ class EvaluationSession:
             InputError: one does not; the message names it.
         """
         settings = self.config.eval
-        largest = max(self.chosen.total_tokens, *settings.fixed_total_tokens, 1)
+        plans = {PLAIN, self.chosen, *map(self._fixed_plan, settings.fixed_total_tokens)}
+        # The tree that leaves least room decides.
+        plan = min(plans, key=self.decoder.longest)
         for prompt in prompts:
             turns = len(prompt.ids(settings.turns))
             # The answers in between are not known yet, but how long they may be is.
             messages = prompt.after(["…"] * (turns - 1))
             prompt_ids = encode_prompt(self.decoder.target.tokenizer, messages)
             try:
-                self.decoder.check_fits(prompt_ids, settings.max_new_tokens * turns, largest)
+                self.decoder.check_fits(prompt_ids, settings.max_new_tokens * turns, plan)
             except InputError as error:
                 raise InputError(f"prompt {prompt.id}: {error}") from error
 

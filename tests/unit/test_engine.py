@@ -231,10 +231,12 @@ def test_a_long_prompt_holds_nobody_up(tiny_target: Target, answers) -> None:
 def test_what_can_never_fit_is_refused_by_number(tiny_target: Target) -> None:
     config = DecodeConfig(max_context=500, cache_tokens=100)
     decoder = SpeculativeDecoder(tiny_target, None, config)
-    with pytest.raises(InputError, match=r"90 prompt tokens \+ 20 .* need 111 rows .* has 100"):
+    refusal = r"90 prompt tokens \+ 20 new tokens are 110, .* is 99; .*cache_tokens=100"
+    with pytest.raises(InputError, match=refusal):
         decoder.submit(Request([5] * 90, 20))
-    with pytest.raises(InputError, match=r"490 prompt tokens .* context holds 500"):
-        decoder.submit(Request([5] * 490, 20))
+    roomy = SpeculativeDecoder(tiny_target, None, DecodeConfig(max_context=500))
+    with pytest.raises(InputError, match=r"are 510, .* is 499; .*max_context=500"):
+        roomy.submit(Request([5] * 490, 20))
     assert not decoder.busy
     assert len(_run(decoder, [Request([5] * 79, 20)])[0]) > 0, "it fits to the last row"
 
@@ -249,6 +251,18 @@ def test_a_full_queue_refuses_and_recovers(tiny_target: Target) -> None:
     decoder.submit(Request([1, 71], 3))
     while decoder.busy:
         decoder.step()
+
+
+def test_nothing_is_left_of_what_was_reset(tiny_target: Target, answers) -> None:
+    decoder = SpeculativeDecoder(tiny_target, None, DecodeConfig(max_context=128, batch_size=2))
+    prompts = list(answers)[:3]
+    for prompt in prompts:
+        decoder.submit(Request(prompt, LONGEST))
+    decoder.step()
+    decoder.reset()
+    assert not decoder.busy and decoder.scheduler.space.num_free == 16384
+    wanted = [_cut(answers[p], LONGEST, tiny_target.eos_token_ids) for p in prompts]
+    assert _run(decoder, [Request(p, LONGEST) for p in prompts]) == wanted
 
 
 def test_generators_share_the_decoder(tiny_target: Target, answers) -> None:

@@ -76,7 +76,14 @@ def test_every_way_answers_and_none_differs(config: Config) -> None:
 def test_a_prompt_that_does_not_fit_is_named_before_any_is_answered(config: Config) -> None:
     session = EvaluationSession(config, 1, None)
     long = _prompt("too-long", "x", "word " * 50)
-    with pytest.raises(InputError, match=r"prompt too-long: .* the context holds 256"):
+    with pytest.raises(InputError, match=r"prompt too-long: .* 12 .*max_context=256"):
+        session.check_prompts([_prompt("a", "x"), long])
+
+
+def test_a_prompt_for_which_the_cache_is_too_small_is_named_too(config: Config) -> None:
+    session = EvaluationSession(config.replace(decode={"cache_tokens": 120}), 1, None)
+    long = _prompt("too-long", "x", "word " * 20)
+    with pytest.raises(InputError, match=r"prompt too-long: .*cache_tokens=120"):
         session.check_prompts([_prompt("a", "x"), long])
 
 
@@ -115,7 +122,7 @@ def test_turns_may_be_left_out(config: Config) -> None:
 def test_the_turns_together_must_fit(config: Config) -> None:
     session = EvaluationSession(config, 1, TreePlan(6, 2, 4))
     prompt = Prompt("q", "x", (Message("user", "hello"),), ("and now?",) * 20)
-    with pytest.raises(InputError, match=r"prompt q: .* the context holds 256"):
+    with pytest.raises(InputError, match=r"prompt q: .*max_context=256"):
         session.check_prompts([prompt])
 
 
@@ -161,7 +168,7 @@ def test_what_cannot_be_calibrated_is_refused(config: Config) -> None:
     assert plain.decoder.plan == PLAIN and plain.calibration is None
     with pytest.raises(ConfigError, match="needs a draft head"):
         calibrate(plain.decoder)
-    with pytest.raises(ConfigError, match="too short for the measurement"):
+    with pytest.raises(ConfigError, match="too small for the measurement"):
         load_decoder(config.replace(decode={"total_tokens": "auto", "max_context": 100}))
 
 
@@ -178,7 +185,7 @@ def test_a_tree_without_a_head_is_refused(config: Config) -> None:
         ([], 5, "the prompt is empty"),
         ([1, 2, 3], 0, "max_new_tokens=0 generates nothing"),
         ([1, 2, 3], -2, "max_new_tokens=-2 generates nothing"),
-        ([1] * 200, 51, "200 prompt tokens . 51 new tokens . a tree of 6 need 257 positions"),
+        ([1] * 200, 51, "200 prompt tokens . 51 new tokens are 251, .* a tree of 6 .* is 250"),
     ],
 )
 def test_what_cannot_be_generated_is_refused(

@@ -14,8 +14,17 @@ import torch
 from core.config import Config
 from core.data.conversations import Message
 from core.data.template import encode_prompt
+from core.decode import engine
 from core.models.tiny import save_tiny_target
-from serve.protocol import Accepted, Finished, Generation, Progressed, Rejected
+from serve.generation import (
+    Accepted,
+    Conversation,
+    Failed,
+    Finished,
+    Generation,
+    Progressed,
+    Rejected,
+)
 from serve.replica import DecoderReplica
 
 Run = Callable[[Coroutine[Any, Any, Any]], Any]
@@ -45,7 +54,7 @@ def replica(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DecoderReplica
 
 
 def asked(prompt: str, **settings: Any) -> Generation:
-    return Generation(messages=(("user", prompt),), **settings)
+    return Generation(Conversation((("user", prompt),)), **settings)
 
 
 async def events_of(replica: DecoderReplica, request: Generation) -> list[Any]:
@@ -72,7 +81,7 @@ def test_an_answer_that_ends_by_itself(replica: DecoderReplica, run: Run) -> Non
     assert isinstance(events[0], Accepted)
     assert text_of(events) == text
     assert isinstance(events[-1], Finished)
-    assert events[-1].reason == "stop"
+    assert events[-1].reason == "token"
     assert events[-1].completion_tokens == len(tokens)
 
 
@@ -113,31 +122,14 @@ async def take(events: AsyncIterator[Any], count: int) -> list[Any]:
 
 def test_closing_an_answer_stops_the_decoder(replica: DecoderReplica, run: Run) -> None:
     async def give_up() -> list[Any]:
-        async with aclosing(replica.generate(asked("Hello!", max_new_tokens=300))) as events:  # type: ignore[type-var]
+        async with aclosing(replica.generate(asked("Hello!", max_new_tokens=300))) as events:
             await take(events, 4)
         return await events_of(replica, asked("Hello!"))
 
     assert text_of(run(give_up())) == decoded(replica, "Hello!", 5)[1]
 
 
-def test_cancelling_while_a_round_runs_leaves_the_next_answer_right(
-    replica: DecoderReplica,
-    run: Run,
-) -> None:
-    async def cancel() -> list[Any]:
-        running = asyncio.create_task(events_of(replica, asked("Hello!", max_new_tokens=300)))
-        waiting = asyncio.create_task(events_of(replica, asked("Hello!")))
-        while not replica._turn.locked():
-            await asyncio.sleep(0)
-        running.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await running
-        return await waiting
-
-    assert text_of(run(cancel())) == decoded(replica, "Hello!", 5)[1]
-
-
-def test_answers_come_in_turn(replica: DecoderReplica, run: Run) -> None:
+def test_answers_are_given_together(replica: DecoderReplica, run: Run) -> None:
     async def ask_all() -> list[list[Any]]:
         return await asyncio.gather(*(events_of(replica, asked(p)) for p in ("a", "b", "a", "c")))
 
@@ -145,12 +137,41 @@ def test_answers_come_in_turn(replica: DecoderReplica, run: Run) -> None:
     assert answers == [decoded(replica, prompt, 5)[1] for prompt in ("a", "b", "a", "c")]
 
 
+def test_a_full_queue_is_said_at_once(
+    replica: DecoderReplica, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(replica._loop, "most", 1)
+
+    async def ask_two() -> tuple[list[Any], list[Any]]:
+        async with aclosing(replica.generate(asked("Hello!", max_new_tokens=300))) as events:
+            await take(events, 2)
+            refused = await events_of(replica, asked("Hello!"))
+        return refused, await events_of(replica, asked("Hello!"))
+
+    (refused,), answered = run(ask_two())
+    assert (refused.status, refused.code, refused.retry_after_s) == (429, "queue_full", 1)
+    assert isinstance(answered[-1], Finished), "and there is room when the first has left"
+
+
+def test_a_failure_is_an_event(
+    replica: DecoderReplica, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(engine, "target_pass", fail)
+        events = run(events_of(replica, asked("Hello!")))
+    assert [type(event) for event in events] == [Accepted, Failed]
+    assert text_of(run(events_of(replica, asked("Hello!")))) == decoded(replica, "Hello!", 5)[1]
+
+
 def test_a_stop_string_ends_the_decoding(replica: DecoderReplica, run: Run) -> None:
     _, text = decoded(replica, "Hello!", 60)
     stop = text[10:12]
     events = run(events_of(replica, asked("Hello!", max_new_tokens=60, stops=(stop,))))
     assert text_of(events) == text[: text.index(stop)]
-    assert events[-1].reason == "stop"
+    assert events[-1].reason == "string"
     assert events[-1].completion_tokens < 60
 
 

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from core.config.base import Section, field, setting
 
 TreeSize = Annotated[int, Field(ge=1)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class DecodeConfig(Section):
@@ -62,7 +63,7 @@ class DecodeConfig(Section):
         ge=32,
     )
     batch_size: int = setting(16, "most sequences decoded at the same time", ge=1)
-    max_waiting: int = setting(64, "requests that may wait for their turn", ge=1)
+    max_waiting: int = setting(64, "requests that may wait for their turn; more are refused", ge=1)
     prefill_chunk: int = setting(
         512, "tokens of prompts read a round: how long the other sequences may be held up", ge=1
     )
@@ -142,3 +143,16 @@ class ServeConfig(Section):
     cpus_per_replica: float = setting(2.0, "CPUs a replica; also its threads", gt=0)
     gpus_per_replica: float = setting(0.0, "GPUs a replica", ge=0)
     max_new_tokens: int = setting(512, "tokens generated where a request names no limit", ge=1)
+    api_keys: tuple[Sha256, ...] = setting(
+        (), "SHA-256, in hexadecimal, of the keys that clients may have; none of all lets all in"
+    )
+    api_keys_file: str | None = setting(
+        None, "file with a key's SHA-256 a line, besides api_keys; # begins a comment"
+    )
+    api_keys_env: str | None = setting(
+        None, "environment variable of the starting process with keys, separated by commas"
+    )
+    max_request_bytes: int = setting(1_000_000, "longest body of a request", ge=1024)
+    deadline_s: float = setting(
+        600.0, "seconds after which an answer is given up, its waiting included", gt=0
+    )

@@ -1,4 +1,4 @@
-"""serve.protocol: what is accepted, what is refused and how it is said."""
+"""serve.openai_chat: what is accepted, what is refused and how it is said."""
 
 from __future__ import annotations
 
@@ -8,15 +8,10 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from serve.answers import server_sent
 from serve.errors import ApiError, validation_error
-from serve.protocol import (
-    Answer,
-    ChatRequest,
-    Finished,
-    Generation,
-    Progressed,
-    server_sent,
-)
+from serve.generation import Conversation, Finished, Generation, Progressed
+from serve.openai_chat import ChatAnswer, ChatRequest
 
 HELLO = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
 
@@ -38,18 +33,31 @@ def generation(**fields: Any) -> Generation:
 
 def test_what_is_not_given_is_left_to_the_server() -> None:
     request = generation(temperature=None, stop=None, stream=None)
-    assert request.messages == (("user", "hi"),)
-    assert (request.temperature, request.top_p, request.seed) == (None, None, None)
+    assert request.prompt == Conversation((("user", "hi"),))
+    assert (request.sampling, request.seed, request.choices) == ({}, None, 1)
     assert (request.max_new_tokens, request.stops) == (None, ())
 
 
 def test_what_is_given_reaches_the_decoder() -> None:
+    settings = {
+        "temperature": 0.7, "top_p": 0.9, "top_k": 5, "min_p": 0.1, "presence_penalty": 1,
+        "frequency_penalty": -1, "repetition_penalty": 1.5,
+    }  # fmt: skip
     request = generation(
-        temperature=0.7, top_p=0.9, seed=-3, stop="x", max_tokens=9, max_completion_tokens=5
+        **settings,
+        logit_bias={"7": -100},
+        logprobs=True,
+        n=3,
+        seed=-3,
+        stop="x",
+        stop_token_ids=[5],
+        max_tokens=9,
+        max_completion_tokens=5,
     )
-    assert (request.temperature, request.top_p, request.seed) == (0.7, 0.9, -3)
-    assert request.max_new_tokens == 5
-    assert request.stops == ("x",)
+    assert request.sampling == {**settings, "logit_bias": {7: -100.0}, "logprobs": 0}
+    assert (request.choices, request.seed, request.max_new_tokens) == (3, -3, 5)
+    assert (request.stops, request.stop_token_ids) == (("x",), (5,))
+    assert generation(top_k=-1).sampling == {"top_k": 0}, "all tokens, as vLLM says it"
 
 
 def test_contents_of_parts_and_the_newer_system_role() -> None:
@@ -61,13 +69,14 @@ def test_contents_of_parts_and_the_newer_system_role() -> None:
         {"role": "assistant", "content": "c", "refusal": None, "tool_calls": None},
     ]
     expected = (("system", "be brief"), ("user", "ab"), ("assistant", "c"))
-    assert generation(messages=messages).messages == expected
+    prompt = generation(messages=messages).prompt
+    assert isinstance(prompt, Conversation) and prompt.messages == expected
 
 
 def test_harmless_fields_are_accepted() -> None:
     harmless = {
         "user": "someone", "metadata": {"a": "b"}, "store": False, "n": 1, "logit_bias": {},
-        "logprobs": False, "frequency_penalty": 0.0, "presence_penalty": None, "tools": None,
+        "logprobs": False, "top_logprobs": 0, "presence_penalty": None, "tools": None,
         "response_format": {"type": "text"},
     }  # fmt: skip
     assert generation(**harmless) == generation()
@@ -76,12 +85,6 @@ def test_harmless_fields_are_accepted() -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("n", 2),
-        ("frequency_penalty", 0.5),
-        ("presence_penalty", -1),
-        ("logprobs", True),
-        ("top_logprobs", 3),
-        ("logit_bias", {"5": 1}),
         ("tools", [{"type": "function"}]),
         ("response_format", {"type": "json_object"}),
     ],
@@ -116,7 +119,17 @@ def test_what_would_change_the_output_is_refused_by_name(field: str, value: Any)
         ("messages.0.name", {"messages": [{"role": "user", "content": "x", "name": "Bo"}]}),
         ("messages.0.content", {"messages": [{"role": "user", "content": "\ud800"}]}),
         ("model", {"model": None}),
-        ("top_k", {"top_k": 5}),
+        ("top_k", {"top_k": -2}),
+        ("min_p", {"min_p": 1.1}),
+        ("n", {"n": 0}),
+        ("n", {"n": 17}),
+        ("presence_penalty", {"presence_penalty": 2.1}),
+        ("frequency_penalty", {"frequency_penalty": -2.1}),
+        ("repetition_penalty", {"repetition_penalty": 0}),
+        ("logit_bias", {"logit_bias": {"word": 1}}),
+        ("logit_bias.5", {"logit_bias": {"5": 101}}),
+        ("stop_token_ids.0", {"stop_token_ids": [-1]}),
+        ("top_logprobs", {"logprobs": True, "top_logprobs": 21}),
         ("top-k", {"top-k": 5}),
         ("aerie.colour", {"aerie": {"colour": True}}),
     ],
@@ -151,12 +164,22 @@ def test_errors_have_the_shape_of_openai() -> None:
     }
 
 
-ROUNDS = [Progressed((("a", False),), 1, 1), Progressed((), 1, 8), Progressed((("é", True),), 1, 8)]
-FINISHED = Finished("length", 3, rounds=3, accepted_length=1.0, tokens_per_second=10.0)
+ROUNDS = [
+    Progressed(0, (("a", False),), 1, 1),
+    Progressed(0, (), 1, 8),
+    Progressed(0, (("é", True),), 1, 8),
+]
+FINISHED = Finished(0, "length", 3, rounds=3, accepted_length=1.0, tokens_per_second=10.0)
+
+
+def answer(**settings: Any) -> ChatAnswer:
+    answer = ChatRequest.model_validate({**HELLO, **settings}).answer("m")
+    answer.prompt_tokens = 7
+    return answer
 
 
 def test_a_whole_answer() -> None:
-    body = Answer("m").whole(7, ROUNDS, FINISHED)
+    body = answer().whole(ROUNDS, [FINISHED])
     assert body["object"] == "chat.completion"
     assert body["choices"][0]["message"]["content"] == "aé"
     assert body["choices"][0]["finish_reason"] == "length"
@@ -165,26 +188,31 @@ def test_a_whole_answer() -> None:
     assert "aerie" not in body["choices"][0]
 
 
+SPANS = {"aerie": {"spans": True}}
+
+
 def test_spans_and_figures_only_where_asked_for() -> None:
-    body = Answer("m", with_spans=True).whole(7, ROUNDS, FINISHED)
+    body = answer(**SPANS).whole(ROUNDS, [FINISHED])
     assert body["choices"][0]["aerie"] == {"spans": [("a", False), ("é", True)]}
     assert body["aerie"] == {"accepted_length": 1.0, "tokens_per_second": 10.0, "rounds": 3}
 
 
 def test_chunks_without_text_are_left_out_unless_spans_are_wanted() -> None:
-    assert [len(Answer("m").part(each)) for each in ROUNDS] == [1, 0, 1]
-    (silent,) = Answer("m", with_spans=True).part(ROUNDS[1])
+    assert [len(answer().part(each)) for each in ROUNDS] == [1, 0, 1]
+    (silent,) = answer(**SPANS).part(ROUNDS[1])
+    assert isinstance(silent, dict)
     assert silent["choices"][0]["aerie"] == {"spans": (), "tokens": 1, "tree_size": 8}
 
 
 def test_usage_comes_in_a_chunk_without_choices() -> None:
-    answer = Answer("m", with_usage=True)
-    last, usage = answer.closing(7, FINISHED)
+    streamed = answer(stream=True, stream_options={"include_usage": True})
+    (last,), (usage, done) = streamed.ended(FINISHED), streamed.closing()
+    assert isinstance(last, dict) and isinstance(usage, dict)
     assert last["choices"][0]["finish_reason"] == "length"
     assert last["usage"] is None
     assert usage["choices"] == []
     assert usage["usage"]["total_tokens"] == 10
-    assert len(Answer("m").closing(7, FINISHED)) == 1
+    assert done == "[DONE]" and answer().closing() == ["[DONE]"]
 
 
 def test_events_of_a_stream() -> None:

@@ -1,0 +1,277 @@
+"""The HTTP interface as a FastAPI application, whatever answers behind it."""
+
+# No `from __future__ import annotations`: FastAPI reads the types of the routes at run time.
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any, Protocol
+
+from fastapi import FastAPI
+from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+
+from core.config import ServeConfig
+from serve.answers import Answer, Json, model_card, model_list, server_sent
+from serve.completions import CompletionRequest
+from serve.errors import EXCEPTION_HANDLERS, ApiError, internal_error, refusal
+from serve.generation import (
+    Accepted,
+    Event,
+    Failed,
+    Finished,
+    Generation,
+    Progressed,
+    Prompt,
+    Rejected,
+    Tokens,
+)
+from serve.guard import Guard
+from serve.metrics import CONTENT_TYPE, Metrics
+from serve.openai_chat import ChatRequest
+from serve.tgi import GenerateRequest
+from serve.tokens import DetokenizeRequest, TokenizeRequest, tokenized
+
+PAGE = Path(__file__).parent / "web" / "index.html"
+PAGE_POLICY = (
+    "default-src 'none'; connect-src 'self'; img-src data:; "
+    "script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+
+
+class Backend(Protocol):
+    """Decoder replicas, as the interface sees them."""
+
+    def generate(self, request: Generation) -> AsyncGenerator[Event, None]:
+        """A replica's events; closing it stops the generation."""
+
+    async def tokenize(self, prompt: Prompt, field: str) -> Tokens | Rejected:
+        """The tokens that a prompt is read as."""
+
+    async def detokenize(self, token_ids: tuple[int, ...]) -> str | Rejected:
+        """The text of tokens."""
+
+    async def running(self) -> int:
+        """How many replicas run."""
+
+
+def build_api(backend: Backend, config: ServeConfig) -> FastAPI:
+    """All routes; `backend` answers them."""
+    api = FastAPI(
+        title="Aerie",
+        summary="A speculative decoder that speaks OpenAI's and TGI's protocols.",
+        # Their pages would load scripts from elsewhere; /openapi.json stays.
+        docs_url=None,
+        redoc_url=None,
+        exception_handlers=EXCEPTION_HANDLERS,  # type: ignore[arg-type]
+    )
+    api.add_middleware(
+        Guard,
+        hashes=config.api_keys,
+        max_bytes=config.max_request_bytes,
+    )
+    metrics = Metrics(config.model_name)
+    backend = _Watched(backend, metrics, config.deadline_s)
+    _add_pages(api, backend, metrics)
+    _add_openai(api, backend, config)
+    _add_tgi(api, backend)
+    _add_tokens(api, backend, config)
+    return api
+
+
+class _Watched:
+    """A backend whose answers are counted, and given up when they take too long."""
+
+    def __init__(self, backend: Backend, metrics: Metrics, deadline_s: float) -> None:
+        self._backend, self._metrics, self._deadline_s = backend, metrics, deadline_s
+        self.tokenize, self.detokenize = backend.tokenize, backend.detokenize
+        self.running = backend.running
+
+    def generate(self, request: Generation) -> AsyncGenerator[Event, None]:
+        events = self._metrics.watched(self._backend.generate(request))
+        return _until(events, self._deadline_s)
+
+
+async def _until(
+    events: AsyncGenerator[Event, None], seconds: float
+) -> AsyncGenerator[Event, None]:
+    deadline = asyncio.get_running_loop().time() + seconds
+    async with aclosing(events):
+        while True:
+            try:
+                async with asyncio.timeout_at(deadline):
+                    event = await anext(events)
+            except StopAsyncIteration:
+                return
+            except TimeoutError:
+                raise ApiError(
+                    408,
+                    f"the answer took longer than {seconds:g} seconds; ask for fewer tokens",
+                    code="deadline_exceeded",
+                ) from None
+            yield event
+
+
+def _add_pages(api: FastAPI, backend: Backend, metrics: Metrics) -> None:
+    text = PAGE.read_text(encoding="utf-8")
+
+    @api.get("/", response_class=HTMLResponse)
+    async def page() -> HTMLResponse:
+        """The chat page."""
+        return HTMLResponse(text, headers={"Content-Security-Policy": PAGE_POLICY})
+
+    @api.get("/health")
+    async def health() -> JSONResponse:
+        """200 while at least one decoder replica runs, else 503."""
+        running = await backend.running()
+        body = {"status": "ok" if running else "starting", "replicas": running}
+        return JSONResponse(body, status_code=200 if running else 503)
+
+    @api.get("/metrics", response_class=Response)
+    async def show_metrics() -> Response:
+        """Counts and latencies in Prometheus's format."""
+        return Response(metrics.text(), media_type=CONTENT_TYPE)
+
+
+def _add_openai(api: FastAPI, backend: Backend, config: ServeConfig) -> None:
+    name, created = config.model_name, int(time.time())
+
+    @api.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        """The one model that is served."""
+        return model_list(name, created)
+
+    @api.get("/v1/models/{model:path}")
+    async def model(model: str) -> dict[str, Any]:
+        """A model by its name."""
+        _check_model(model, name)
+        return model_card(name, created)
+
+    @api.post("/v1/chat/completions", response_model=None)
+    async def chat(body: ChatRequest) -> Response:
+        """Answer a conversation, whole or as a stream of server-sent events."""
+        _check_model(body.model, name)
+        return await _respond(backend, body.generation(), body.answer(name), body.stream)
+
+    @api.post("/v1/completions", response_model=None)
+    async def complete(body: CompletionRequest) -> Response:
+        """Go on with a text, whole or as a stream of server-sent events."""
+        _check_model(body.model, name)
+        return await _respond(backend, body.generation(), body.answer(name), body.stream)
+
+
+def _add_tgi(api: FastAPI, backend: Backend) -> None:
+    @api.post("/generate", response_model=None)
+    async def generate(body: GenerateRequest) -> Response:
+        """Go on with a text, as TGI does."""
+        return await _respond(backend, body.generation(), body.answer(), False)
+
+    @api.post("/generate_stream", response_model=None)
+    async def generate_stream(body: GenerateRequest) -> Response:
+        """The same, an event a token."""
+        return await _respond(backend, body.generation(), body.answer(), True)
+
+
+def _add_tokens(api: FastAPI, backend: Backend, config: ServeConfig) -> None:
+    @api.post("/tokenize")
+    async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
+        """The tokens of a text, or of messages in the chat template."""
+        _check_model(body.model or config.model_name, config.model_name)
+        found = await backend.tokenize(body.what, body.field)
+        if isinstance(found, Rejected):
+            raise _refused(found)
+        return tokenized(list(found.ids), found.longest)
+
+    @api.post("/detokenize")
+    async def detokenize(body: DetokenizeRequest) -> dict[str, Any]:
+        """The text of tokens."""
+        _check_model(body.model or config.model_name, config.model_name)
+        found = await backend.detokenize(tuple(body.tokens))
+        if isinstance(found, Rejected):
+            raise _refused(found)
+        return {"prompt": found}
+
+
+def _check_model(name: str, served: str) -> None:
+    if name != served:
+        raise ApiError(
+            404,
+            f"the model {name[:200]!r} does not exist; this server has {served!r}",
+            param="model",
+            code="model_not_found",
+        )
+
+
+async def _respond(backend: Backend, request: Generation, answer: Answer, stream: bool) -> Response:
+    events = backend.generate(request)
+    try:
+        answer.prompt_tokens = await _prompt_tokens(events)
+    except BaseException:
+        await events.aclose()
+        raise
+    if not stream:
+        return JSONResponse(await _whole(events, request, answer))
+    return StreamingResponse(
+        _stream(events, answer), media_type="text/event-stream", headers=STREAM_HEADERS
+    )
+
+
+async def _prompt_tokens(events: AsyncGenerator[Event, None]) -> int:
+    """Wait for the first event, while a refusal can still set the status."""
+    first = await anext(events)
+    if isinstance(first, Rejected):
+        raise _refused(first)
+    assert isinstance(first, Accepted)
+    return first.prompt_tokens
+
+
+async def _whole(events: AsyncGenerator[Event, None], request: Generation, answer: Answer) -> Json:
+    rounds: list[Progressed] = []
+    finished: dict[int, Finished] = {}
+    async with aclosing(events):
+        async for event in events:
+            if isinstance(event, Failed):
+                raise internal_error(event.message)
+            if isinstance(event, Progressed):
+                rounds.append(event)
+            if isinstance(event, Finished):
+                finished[event.choice] = event
+    if len(finished) < request.choices:
+        raise internal_error()
+    return answer.whole(rounds, [finished[place] for place in range(request.choices)])
+
+
+async def _stream(events: AsyncGenerator[Event, None], answer: Answer) -> AsyncGenerator[str, None]:
+    async with aclosing(events):
+        for chunk in answer.opening():
+            yield server_sent(chunk)
+        try:
+            async for event in events:
+                if isinstance(event, Failed):
+                    raise internal_error(event.message)
+                if isinstance(event, Progressed):
+                    chunks = answer.part(event)
+                else:
+                    assert isinstance(event, Finished)
+                    chunks = answer.ended(event)
+                for chunk in chunks:
+                    yield server_sent(chunk)
+        except ApiError as error:
+            # The status is sent; clients know an error by this event.
+            yield server_sent(error.body())
+            return
+        for chunk in answer.closing():
+            yield server_sent(chunk)
+
+
+def _refused(rejected: Rejected) -> ApiError:
+    return refusal(
+        rejected.status,
+        rejected.message,
+        param=rejected.param,
+        code=rejected.code,
+        retry_after_s=rejected.retry_after_s,
+    )

@@ -1,0 +1,108 @@
+"""OpenAI's `POST /v1/completions`: a text is gone on with, as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from pydantic import Field, field_validator
+
+from serve.answers import LEAST_LOGPROB, Json, OpenAIAnswer
+from serve.fields import SampledBody, TokenId, Unicode
+from serve.generation import Finished, Generation, Progressed
+
+# OpenAI's defaults and limits.
+MAX_TOKENS = 16
+MOST_LOGPROBS = 5
+
+
+class CompletionRequest(SampledBody):
+    """The body of a request."""
+
+    IGNORED: ClassVar[frozenset[str]] = frozenset({"user"})
+    NEUTRAL: ClassVar[Mapping[str, Sequence[Any]]] = {
+        "best_of": (1,),
+        "echo": (False,),
+        "suffix": ("",),
+    }
+
+    prompt: Unicode | list[TokenId] | list[Unicode] | list[list[TokenId]]
+    max_tokens: int = Field(MAX_TOKENS, ge=1)
+    logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
+
+    @field_validator("prompt")
+    @classmethod
+    def _one_prompt(cls, value: Any) -> Any:
+        if isinstance(value, list) and value and not isinstance(value[0], int):
+            if len(value) > 1:
+                raise ValueError(f"got {len(value)} prompts; send one a request")
+            return value[0]
+        return value
+
+    def generation(self) -> Generation:
+        """What the decoder is asked."""
+        return Generation(
+            self.prompt if isinstance(self.prompt, str) else tuple(self.prompt),  # type: ignore[arg-type]
+            prompt_field="prompt",
+            choices=self.n,
+            max_new_tokens=self.max_tokens,
+            sampling=self.sampling(self.logprobs),
+            seed=self.seed,
+            stops=self.stops,
+            stop_token_ids=tuple(self.stop_token_ids or ()),
+        )
+
+    def answer(self, model: str) -> CompletionAnswer:
+        """What builds the response."""
+        return CompletionAnswer(
+            model, "cmpl", choices=self.n, with_spans=self.with_spans, with_usage=self.with_usage
+        )
+
+
+class CompletionAnswer(OpenAIAnswer):
+    """The response to a completion."""
+
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        # Where the next token's text begins, of each choice.
+        self._offsets = [0] * self.choices
+
+    @property
+    def _kinds(self) -> tuple[str, str]:
+        return "text_completion", "text_completion"
+
+    def opening(self) -> list[Json | str]:
+        return []
+
+    def _whole_choice(self, rounds: Sequence[Progressed], finished: Finished) -> Json:
+        text = "".join(one.text for one in rounds)
+        return self._choice(finished.choice, text, rounds, finished.openai_reason)
+
+    def _part_choice(self, progressed: Progressed) -> Json:
+        return self._choice(progressed.choice, progressed.text, [progressed], None)
+
+    def _last_choice(self, finished: Finished) -> Json:
+        return self._choice(finished.choice, "", [], finished.openai_reason)
+
+    def _choice(
+        self, place: int, text: str, rounds: Sequence[Progressed], reason: str | None
+    ) -> Json:
+        logprobs = self._logprobs(place, rounds)
+        return {"index": place, "text": text, "logprobs": logprobs, "finish_reason": reason}
+
+    def _logprobs(self, place: int, rounds: Sequence[Progressed]) -> Json | None:
+        tokens = [token for one in rounds for token in one.tokens]
+        if not tokens:
+            return None
+        offsets = []
+        for token in tokens:
+            offsets.append(self._offsets[place])
+            self._offsets[place] += len(token.text)
+        return {
+            "tokens": [token.text for token in tokens],
+            "token_logprobs": [max(token.logprob, LEAST_LOGPROB) for token in tokens],
+            "top_logprobs": [
+                {text: max(value, LEAST_LOGPROB) for text, value in token.top} for token in tokens
+            ],
+            "text_offset": offsets,
+        }

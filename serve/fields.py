@@ -1,0 +1,159 @@
+"""Fields that OpenAI's requests have in common, and how a field that is not served is refused.
+
+Differences from OpenAI's service, all documented in the README:
+
+* Sampling settings default to the server's `decode` section (greedy as it comes), so that answers
+  are those of the evaluation unless a client asks otherwise.
+* A field that would change the output and is not supported is an error, never ignored. One that
+  changes nothing (`user`, `metadata`, …, or `tools: []`) is accepted.
+* `top_k`, `min_p`, `repetition_penalty` and `stop_token_ids` are vLLM's.
+* `aerie: {"spans": true}` adds `choices[…].aerie` with the text of each token and whether it had
+  been guessed, and `aerie` with the figures of the whole answer.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from serve.errors import ApiError
+
+MOST_CHOICES = 16
+MOST_STOPS = 16
+MOST_TOP_LOGPROBS = 20
+
+
+def _encodable(text: str) -> str:
+    """JSON can escape half a surrogate pair, which is no character and no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"not valid Unicode at position {error.start}") from error
+    return text
+
+
+Unicode = Annotated[str, AfterValidator(_encodable)]
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+
+
+class Body(BaseModel):
+    """A JSON object of which every field is known.
+
+    Attributes:
+        IGNORED: fields that are accepted and change nothing.
+        NEUTRAL: fields that are not supported, but harmless with these values.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+    IGNORED: ClassVar[frozenset[str]] = frozenset()
+    NEUTRAL: ClassVar[Mapping[str, Sequence[Any]]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _sort_out_unsupported(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        kept = {}
+        for name, given in value.items():
+            if name in cls.model_fields:
+                if given is not None:
+                    kept[name] = given
+            elif name in cls.NEUTRAL:
+                if given is not None and given not in cls.NEUTRAL[name]:
+                    # Not a ValueError: this way the error names the field.
+                    raise _unsupported(name, cls.NEUTRAL[name])
+            elif name not in cls.IGNORED:
+                kept[name] = given  # refused as unknown
+        return kept
+
+
+def _unsupported(name: str, neutral: Sequence[Any]) -> ApiError:
+    only = " or ".join(json.dumps(allowed) for allowed in neutral)
+    how = f"supported here only as {only}" if neutral else "not supported here"
+    return ApiError(400, f"{name} is {how}; leave it out", param=name, code="unsupported_parameter")
+
+
+class StreamOptions(Body):
+    """How a stream is sent."""
+
+    include_usage: bool = False
+    include_obfuscation: bool = False
+
+
+class AerieOptions(Body):
+    """Aerie's extension."""
+
+    spans: bool = False
+
+
+class SampledBody(Body):
+    """Sampling, stopping and streaming, as chats and completions have them."""
+
+    model: str
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    n: int = Field(1, ge=1, le=MOST_CHOICES)
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=-1, lt=2**31, description="-1 and 0 are all tokens")
+    min_p: float | None = Field(None, ge=0, le=1)
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    repetition_penalty: float | None = Field(None, gt=0, le=1e6)
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    stop: Unicode | list[Annotated[Unicode, Field(min_length=1)]] | None = None
+    stop_token_ids: list[TokenId] | None = Field(None, max_length=1024)
+    aerie: AerieOptions | None = None
+
+    @field_validator("stop")
+    @classmethod
+    def _some_stops(cls, value: str | list[str] | None) -> str | list[str] | None:
+        if value == "" or (isinstance(value, list) and len(value) > MOST_STOPS):
+            raise ValueError(f"give up to {MOST_STOPS} strings that are not empty")
+        return value
+
+    @field_validator("logit_bias")
+    @classmethod
+    def _token_ids(cls, value: dict[str, float] | None) -> dict[str, float] | None:
+        for token in value or {}:
+            if not (token.isascii() and token.isdigit() and len(token) < 10):
+                raise ValueError('give token ids, as in {"123": -100}')
+        return value
+
+    @model_validator(mode="after")
+    def _options_belong_together(self) -> SampledBody:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options is given without stream: true; drop it or stream")
+        return self
+
+    @property
+    def with_spans(self) -> bool:
+        return self.aerie is not None and self.aerie.spans
+
+    @property
+    def with_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    def sampling(self, logprobs: int | None) -> dict[str, Any]:
+        """What was given of the decoder's settings."""
+        bias = {int(token): value for token, value in (self.logit_bias or {}).items()}
+        settings = {
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "top_k": None if self.top_k is None else max(self.top_k, 0),
+            "min_p": self.min_p,
+            "presence_penalty": self.presence_penalty,
+            "frequency_penalty": self.frequency_penalty,
+            "repetition_penalty": self.repetition_penalty,
+            "logit_bias": bias or None,
+            "logprobs": logprobs,
+        }
+        return {name: value for name, value in settings.items() if value is not None}

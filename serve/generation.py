@@ -1,0 +1,157 @@
+"""What every protocol asks of a decoder replica, and what the replica tells of its answers.
+
+It is all that passes between ingress and replica; no protocol's names are in here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from serve.text import Span
+
+Role = Literal["system", "user", "assistant"]
+Reason = Literal["string", "token", "length"]
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Messages (role, content), which go through the chat template."""
+
+    messages: tuple[tuple[Role, str], ...]
+
+
+# A conversation, a text, or a text's tokens.
+Prompt = Conversation | str | tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A request to a decoder replica; None means the server's default.
+
+    Attributes:
+        prompt: to answer, or to go on from.
+        prompt_field: what the client calls it, for errors.
+        choices: answers, independent of each other.
+        max_new_tokens: most tokens of each.
+        sampling: settings of `core.decode.sampling.SamplingSettings` by name, where given.
+        seed: of the first choice; the next one has the next seed.
+        stops: strings, before the first of which the text ends.
+        stop_token_ids: tokens that end it; they are its last.
+    """
+
+    prompt: Prompt
+    prompt_field: str = "messages"
+    choices: int = 1
+    max_new_tokens: int | None = None
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    seed: int | None = None
+    stops: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """The only event of a request that is not served.
+
+    Attributes:
+        status: of HTTP.
+        retry_after_s: when the same request may find room; None if it never will.
+    """
+
+    message: str
+    param: str | None = None
+    code: str | None = None
+    status: int = 400
+    retry_after_s: int | None = None
+
+
+@dataclass(frozen=True)
+class Failed:
+    """Last event of a request that the decoder could not finish."""
+
+    message: str
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """First event: the request waits for its turn or is at work."""
+
+    prompt_tokens: int
+
+
+@dataclass(frozen=True)
+class ScoredToken:
+    """A token and the target's log-probability of it, and of the likeliest in its place.
+
+    Attributes:
+        special: whether it stays out of the answer's text.
+    """
+
+    id: int
+    text: str
+    logprob: float
+    top: tuple[tuple[str, float], ...]
+    special: bool = False
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What `tokenize` gives, and the longest sequence that the model takes."""
+
+    ids: tuple[int, ...]
+    longest: int
+
+
+@dataclass(frozen=True)
+class Progressed:
+    """One round of a choice.
+
+    Attributes:
+        choice: which, from 0.
+        spans: its text, which may be none yet.
+        num_tokens: its tokens.
+        tree_size: of its draft tree; 0 for the prompt's pass.
+        tokens: the same tokens, where log-probabilities were asked for.
+        num_guessed: how many of them had been guessed: the first ones.
+    """
+
+    choice: int
+    spans: tuple[Span, ...]
+    num_tokens: int
+    tree_size: int
+    tokens: tuple[ScoredToken, ...] = ()
+    num_guessed: int = 0
+
+    @property
+    def text(self) -> str:
+        return "".join(text for text, _ in self.spans)
+
+
+@dataclass(frozen=True)
+class Finished:
+    """Last event of a choice.
+
+    Attributes:
+        choice: which, from 0.
+        reason: `string` and `token` are what ended it by itself, `length` its limit.
+        rounds: target passes after the prompt's.
+        accepted_length: τ, tokens that such a pass committed on average.
+        tokens_per_second: from the start of the prefill; waiting for a turn does not count.
+    """
+
+    choice: int
+    reason: Reason
+    completion_tokens: int
+    rounds: int
+    accepted_length: float
+    tokens_per_second: float
+
+    @property
+    def openai_reason(self) -> Literal["stop", "length"]:
+        """The same in OpenAI's words."""
+        return "length" if self.reason == "length" else "stop"
+
+
+Event = Rejected | Accepted | Progressed | Finished | Failed

@@ -1,0 +1,61 @@
+"""API keys: who may ask. Keys themselves are stored nowhere, but their SHA-256."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Collection
+from pathlib import Path
+
+from core.config import ServeConfig
+from core.errors import ConfigError, InputError
+
+
+def key_hashes(config: ServeConfig) -> tuple[str, ...]:
+    """All that the configuration names, from list, file and environment.
+
+    Raises:
+        InputError: the file cannot be read, or has a line that is no SHA-256.
+        ConfigError: the variable is not set, or empty.
+    """
+    found = dict.fromkeys(config.api_keys)
+    if config.api_keys_file is not None:
+        found.update(dict.fromkeys(_of_file(Path(config.api_keys_file))))
+    if config.api_keys_env is not None:
+        given = os.environ.get(config.api_keys_env, "").replace(",", " ").split()
+        if not given:
+            raise ConfigError(
+                f"serve.api_keys_env={config.api_keys_env}: that variable is not set, or empty"
+            )
+        found.update(dict.fromkeys(map(key_hash, given)))
+    return tuple(found)
+
+
+def key_hash(key: str) -> str:
+    """What is kept of a key."""
+    return hashlib.sha256(key.encode(errors="replace")).hexdigest()
+
+
+def is_known(authorization: str, hashes: Collection[str]) -> bool:
+    """Whether a header `Authorization` carries a key that may ask."""
+    scheme, _, key = authorization.partition(" ")
+    # What is compared is the hash: how long that takes says nothing of any key.
+    return scheme.lower() == "bearer" and key_hash(key.strip()) in hashes
+
+
+def _of_file(path: Path) -> list[str]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise InputError(f"serve.api_keys_file={path}: {error.strerror}") from error
+    hashes = []
+    for number, line in enumerate(lines, 1):
+        text = line.partition("#")[0].strip().lower()
+        if text and not re.fullmatch(r"[0-9a-f]{64}", text):
+            raise InputError(
+                f"serve.api_keys_file={path}, line {number} is no SHA-256 in hexadecimal; write "
+                "`printf %s KEY | sha256sum` there, not the key"
+            )
+        hashes += [text] if text else []
+    return hashes

@@ -1,0 +1,223 @@
+"""A decoder at work: requests join it and leave it between its rounds."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from core.errors import AerieError, BusyError
+
+if TYPE_CHECKING:
+    from core.decode.engine import SpeculativeDecoder
+    from core.decode.requests import Event, Request
+
+# Rounds in a row that fail before the decoder counts as broken: one may be a request's doing.
+MOST_FAILURES = 3
+
+logger = logging.getLogger("ray.serve")
+
+
+class DecodingError(AerieError):
+    """The decoder failed in a round that this request was part of."""
+
+
+class ClosingError(AerieError):
+    """The loop ends when what it has begun is done, and takes nothing new."""
+
+
+@dataclass(eq=False)
+class Turn:
+    """One request at the decoder.
+
+    Attributes:
+        visit: whose it is.
+        place: among those that came together.
+        request: what is asked.
+        open: whether anybody waits for more of it.
+        id: the decoder's name for it; None until it is taken in.
+        started: when its prompt began to be read (monotonic); None while it waits.
+    """
+
+    visit: Visit
+    place: int
+    request: Request
+    open: bool = True
+    id: int | None = None
+    started: float | None = None
+
+    def give_up(self) -> None:
+        """There are no more events of it; its rows are free when the round that runs is over."""
+        self.open = False
+
+
+class Visit:
+    """Requests that came together, on the side of the coroutine that waits for their events."""
+
+    def __init__(self, requests: Sequence[Request]) -> None:
+        self.turns = tuple(Turn(self, place, request) for place, request in enumerate(requests))
+        self.event_loop = asyncio.get_running_loop()
+        self._told: asyncio.Queue[tuple[Turn, Event] | None] = asyncio.Queue()
+
+    async def events(self) -> AsyncGenerator[tuple[Turn, Event], None]:
+        """The rounds of all turns as they come, until each has ended or was given up.
+
+        Closing it gives the others up.
+
+        Raises:
+            DecodingError: the decoder failed.
+        """
+        try:
+            while any(turn.open for turn in self.turns):
+                told = await self._told.get()
+                if told is None:
+                    raise DecodingError("the decoder failed in mid-answer")
+                turn, event = told
+                if turn.open:
+                    turn.open = event.ending is None
+                    yield turn, event
+        finally:
+            self.give_up()
+
+    def give_up(self) -> None:
+        """Nobody waits any more."""
+        for turn in self.turns:
+            turn.give_up()
+
+    def tell(self, told: tuple[Turn, Event] | None) -> None:
+        """Hand an event over, or None for a failure; in the event loop's thread."""
+        self._told.put_nowait(told)
+
+
+class DecodingLoop:
+    """Runs a decoder in a thread while there is work, and tells each event to who waits for it.
+
+    The thread alone touches the decoder. Others leave a turn in `_turns`, or mark theirs as given
+    up; the thread sees to it between two rounds.
+    """
+
+    def __init__(self, decoder: SpeculativeDecoder) -> None:
+        """Start the thread, which waits."""
+        self._decoder = decoder
+        config = decoder.config
+        self.most = config.batch_size + config.max_waiting
+        self._changed = threading.Condition()
+        self._turns: list[Turn] = []
+        self._closing = False
+        self._failures = 0
+        # A daemon: a process that has to end does not wait for an answer.
+        self._thread = threading.Thread(target=self._run, name="decoder", daemon=True)
+        self._thread.start()
+
+    def join(self, requests: Sequence[Request]) -> Visit:
+        """Take requests in, all of them or none; call it in an event loop.
+
+        Raises:
+            BusyError: too many are at work or wait.
+            ClosingError: the loop ends.
+        """
+        visit = Visit(requests)
+        with self._changed:
+            if self._closing:
+                raise ClosingError("this replica is shutting down; try again")
+            there = sum(turn.open for turn in self._turns)
+            if there + len(requests) > self.most:
+                raise BusyError(
+                    f"{there} of at most {self.most} requests are decoded or wait already, and "
+                    f"{len(requests)} more do not fit; try again later"
+                )
+            self._turns += visit.turns
+            self._changed.notify()
+        return visit
+
+    def close(self) -> None:
+        """Take nothing new, and end when what was begun is done; does not wait for that."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+
+    @property
+    def healthy(self) -> bool:
+        """Whether a new request has a chance."""
+        return self._thread.is_alive() and self._failures < MOST_FAILURES
+
+    # In the thread
+
+    def _run(self) -> None:
+        try:
+            while self._wait():
+                self._round()
+        finally:
+            self.close()
+            self._fail()
+
+    def _wait(self) -> bool:
+        """Until there is work; False if there will be none."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._turns or self._closing)
+            return bool(self._turns)
+
+    def _round(self) -> None:
+        began = time.monotonic()
+        try:
+            with self._changed:
+                turns = list(self._turns)
+            self._let_go([turn for turn in turns if not turn.open])
+            self._take_in([turn for turn in turns if turn.open and turn.id is None])
+            events = self._decoder.step()
+        except Exception:
+            logger.exception("a round of the decoder failed; all of its requests are given up")
+            self._failures += 1
+            self._fail()
+            self._decoder.reset()
+            return
+        self._failures = 0
+        self._tell(events, began)
+
+    def _let_go(self, turns: Sequence[Turn]) -> None:
+        for turn in turns:
+            if turn.id is not None:
+                self._decoder.cancel(turn.id)
+        self._forget(turns)
+
+    def _take_in(self, turns: Sequence[Turn]) -> None:
+        """In their order, as far as the decoder's queue goes; a round makes room in it."""
+        for turn in turns:
+            try:
+                turn.id = self._decoder.submit(turn.request)
+            except BusyError:
+                return
+
+    def _tell(self, events: Sequence[Event], began: float) -> None:
+        waiting = {sequence.id for sequence in self._decoder.scheduler.waiting}
+        with self._changed:
+            by_id = {turn.id: turn for turn in self._turns if turn.id is not None}
+        for number, turn in by_id.items():
+            if turn.started is None and number not in waiting:
+                turn.started = began
+        told = [(by_id[event.request_id], event) for event in events]
+        self._forget([turn for turn, event in told if event.ending is not None])
+        for turn, event in told:
+            _hand_over(turn.visit, (turn, event))
+
+    def _fail(self) -> None:
+        with self._changed:
+            turns = list(self._turns)
+        self._forget(turns)
+        for visit in {turn.visit for turn in turns}:
+            _hand_over(visit, None)
+
+    def _forget(self, turns: Sequence[Turn]) -> None:
+        with self._changed:
+            self._turns = [turn for turn in self._turns if turn not in turns]
+
+
+def _hand_over(visit: Visit, told: tuple[Turn, Event] | None) -> None:
+    # An event loop that has ended has nobody who waits.
+    with suppress(RuntimeError):
+        visit.event_loop.call_soon_threadsafe(visit.tell, told)

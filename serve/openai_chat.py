@@ -1,0 +1,145 @@
+"""OpenAI's `POST /v1/chat/completions`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from serve.answers import Json, OpenAIAnswer, scored
+from serve.fields import MOST_TOP_LOGPROBS, Body, SampledBody, Unicode
+from serve.generation import Conversation, Finished, Generation, Progressed
+
+
+class TextPart(Body):
+    """A part of a message; text is the only kind there is."""
+
+    type: Literal["text"]
+    text: Unicode
+
+
+class ChatMessage(Body):
+    """One message of the conversation."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Unicode | list[TextPart]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _forget_nulls(cls, value: Any) -> Any:
+        """A client's own message objects come back with `tool_calls: null` and the like."""
+        if isinstance(value, dict):
+            return {k: v for k, v in value.items() if v is not None or k in cls.model_fields}
+        return value
+
+    @property
+    def text(self) -> str:
+        if isinstance(self.content, str):
+            return self.content
+        return "".join(part.text for part in self.content)
+
+
+def conversation(messages: Sequence[ChatMessage]) -> Conversation:
+    """The messages as templates know them: the system's role has a newer name at OpenAI."""
+    return Conversation(
+        tuple(("system" if m.role == "developer" else m.role, m.text) for m in messages)
+    )
+
+
+class ChatRequest(SampledBody):
+    """The body of a request."""
+
+    # Sent by many clients, without influence on the text.
+    IGNORED: ClassVar[frozenset[str]] = frozenset(
+        {
+            "metadata", "parallel_tool_calls", "prediction", "prompt_cache_key",
+            "prompt_cache_retention", "safety_identifier", "service_tier", "store", "user",
+        }
+    )  # fmt: skip
+    NEUTRAL: ClassVar[Mapping[str, Sequence[Any]]] = {
+        "function_call": ("none",),
+        "functions": ([],),
+        "modalities": (["text"],),
+        "response_format": ({"type": "text"},),
+        "tool_choice": ("none", "auto"),
+        "tools": ([],),
+    }
+
+    messages: list[ChatMessage] = Field(min_length=1)
+    max_tokens: int | None = Field(None, ge=1, description="the older name of the next one")
+    max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool = False
+    top_logprobs: int | None = Field(None, ge=0, le=MOST_TOP_LOGPROBS)
+
+    @model_validator(mode="after")
+    def _logprobs_belong_together(self) -> ChatRequest:
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs is given without logprobs: true; drop it or add that")
+        return self
+
+    def generation(self) -> Generation:
+        """What the decoder is asked."""
+        return Generation(
+            conversation(self.messages),
+            prompt_field="messages",
+            choices=self.n,
+            max_new_tokens=self.max_completion_tokens or self.max_tokens,
+            sampling=self.sampling((self.top_logprobs or 0) if self.logprobs else None),
+            seed=self.seed,
+            stops=self.stops,
+            stop_token_ids=tuple(self.stop_token_ids or ()),
+        )
+
+    def answer(self, model: str) -> ChatAnswer:
+        """What builds the response."""
+        return ChatAnswer(
+            model,
+            "chatcmpl",
+            choices=self.n,
+            with_spans=self.with_spans,
+            with_usage=self.with_usage,
+        )
+
+
+class ChatAnswer(OpenAIAnswer):
+    """The response to a chat."""
+
+    @property
+    def _kinds(self) -> tuple[str, str]:
+        return "chat.completion", "chat.completion.chunk"
+
+    def opening(self) -> list[Json | str]:
+        """The first chunk of each choice says who speaks."""
+        return [
+            self._chunk(_choice(place, {"role": "assistant", "content": ""}))
+            for place in range(self.choices)
+        ]
+
+    def _whole_choice(self, rounds: Sequence[Progressed], finished: Finished) -> Json:
+        return {
+            "index": finished.choice,
+            "message": {
+                "role": "assistant",
+                "content": "".join(one.text for one in rounds),
+                "refusal": None,
+            },
+            "logprobs": _logprobs(rounds),
+            "finish_reason": finished.openai_reason,
+        }
+
+    def _part_choice(self, progressed: Progressed) -> Json:
+        delta = {"content": progressed.text}
+        return {**_choice(progressed.choice, delta), "logprobs": _logprobs([progressed])}
+
+    def _last_choice(self, finished: Finished) -> Json:
+        return {**_choice(finished.choice, {}), "finish_reason": finished.openai_reason}
+
+
+def _choice(place: int, delta: Json) -> Json:
+    return {"index": place, "delta": delta, "logprobs": None, "finish_reason": None}
+
+
+def _logprobs(rounds: Sequence[Progressed]) -> Json | None:
+    content = [token for one in rounds for token in scored(one.tokens)]
+    return {"content": content, "refusal": None} if content else None

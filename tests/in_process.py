@@ -1,0 +1,101 @@
+"""The HTTP interface in front of a real decoder replica, in this process: no Ray, no socket."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, Coroutine, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import torch
+
+from core.config import Config
+from core.models.tiny import save_tiny_target
+from serve.api import build_api
+from serve.generation import Event, Generation, Prompt, Rejected, Tokens
+from serve.replica import DecoderReplica
+
+CHAT, TEXT, TGI = "/v1/chat/completions", "/v1/completions", "/generate"
+HELLO: dict[str, dict[str, Any]] = {
+    CHAT: {"model": "tiny", "messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 6},
+    TEXT: {"model": "tiny", "prompt": "Hello!", "max_tokens": 6},
+    TGI: {"inputs": "Hello!", "parameters": {"max_new_tokens": 6}},
+    "/tokenize": {"prompt": "Hello!"},
+    "/detokenize": {"tokens": [40, 41]},
+}
+Json = dict[str, Any]
+
+
+class Direct:
+    """One replica, without Ray in between."""
+
+    def __init__(self, replica: DecoderReplica) -> None:
+        self.replica = replica
+
+    def generate(self, request: Generation) -> AsyncGenerator[Event, None]:
+        return self.replica.generate(request)
+
+    async def tokenize(self, prompt: Prompt, field: str) -> Tokens | Rejected:
+        return await self.replica.tokenize(prompt, field)
+
+    async def detokenize(self, token_ids: tuple[int, ...]) -> str | Rejected:
+        return await self.replica.detokenize(token_ids)
+
+    async def running(self) -> int:
+        return 1
+
+
+class Service:
+    """The application, called as by a client."""
+
+    def __init__(self, replica: DecoderReplica, config: Config, runner: asyncio.Runner) -> None:
+        self.replica, self.config, self._runner = replica, config, runner
+        api = build_api(Direct(replica), config.serve)
+        transport = httpx.ASGITransport(api, raise_app_exceptions=False)
+        self.client = httpx.AsyncClient(transport=transport, base_url="http://test", timeout=60)
+
+    def configured(self, **settings: Any) -> Service:
+        """The same replica behind an application of other settings."""
+        return Service(self.replica, self.config.replace(serve=settings), self._runner)
+
+    def run(self, work: Coroutine[Any, Any, Any]) -> Any:
+        return self._runner.run(work)
+
+    def call(self, path: str, **fields: Any) -> httpx.Response:
+        return self.run(self.client.post(path, json={**HELLO[path], **fields}))
+
+    def answer(self, path: str, **fields: Any) -> Json:
+        response = self.call(path, **fields)
+        assert response.status_code == 200, response.text
+        return response.json()
+
+    def stream(self, path: str, **fields: Any) -> list[Json]:
+        """The events of a stream."""
+        stream = {} if "stream" in path else {"stream": True}
+        response = self.run(
+            self.client.post(path, json={**HELLO.get(path, HELLO[TGI]), **stream, **fields})
+        )
+        assert response.status_code == 200, response.text
+        assert response.headers["content-type"].startswith("text/event-stream")
+        data = [event.removeprefix("data: ") for event in response.text.split("\n\n")[:-1]]
+        if "/v1/" in path:
+            assert data.pop() == "[DONE]"
+        return [json.loads(one) for one in data]
+
+
+@contextmanager
+def in_process(folder: Path) -> Iterator[Service]:
+    """A service with the tiny target."""
+    save_tiny_target(folder / "target")
+    config = Config().replace(
+        target={"path": str(folder / "target"), "dtype": "float32"},
+        decode={"max_context": 400},
+        serve={"cpus_per_replica": 1, "model_name": "tiny"},
+    )
+    threads = torch.get_num_threads()
+    with asyncio.Runner() as runner:
+        yield Service(DecoderReplica(config), config, runner)
+    torch.set_num_threads(threads)

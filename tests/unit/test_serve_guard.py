@@ -1,0 +1,147 @@
+"""serve.guard, serve.keys and serve.metrics, in front of a real replica."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from core.config import ServeConfig
+from core.errors import ConfigError, InputError
+from serve.keys import key_hashes
+from tests.in_process import CHAT, HELLO, TEXT, TGI, Service, in_process
+
+KEY, OTHER = "sk-one", "sk-two"
+
+
+def sha256(key: str) -> str:
+    return hashlib.sha256(key.encode()).hexdigest()
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    with in_process(tmp_path_factory.mktemp("guard")) as service:
+        yield service
+
+
+def send(service: Service, path: str, **settings) -> httpx.Response:
+    return service.run(service.client.request("POST", path, **settings))
+
+
+# --- Keys ----------------------------------------------------------------------
+
+
+def test_who_has_no_key_is_not_let_in(service: Service) -> None:
+    keyed = service.configured(api_keys=[sha256(KEY), sha256(OTHER)])
+    for header in ({}, {"Authorization": KEY}, {"Authorization": "Bearer wrong"}):
+        for path in (CHAT, TEXT, TGI, "/tokenize", "/nothing"):
+            response = send(keyed, path, json=HELLO.get(path, {}), headers=header)
+            assert response.status_code == 401
+            assert response.json()["error"]["code"] == "invalid_api_key"
+            assert response.headers["www-authenticate"] == "Bearer"
+    for key in (KEY, OTHER):
+        headers = {"Authorization": f"Bearer {key}"}
+        assert send(keyed, CHAT, json=HELLO[CHAT], headers=headers).status_code == 200
+    for path in ("/", "/health", "/metrics"):
+        assert keyed.run(keyed.client.get(path)).status_code == 200
+
+
+def test_keys_from_list_file_and_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "keys"
+    file.write_text(f"# the team's\n{sha256('a')}  # Ann\n\n{sha256('b').upper()}\n")
+    monkeypatch.setenv("SERVER_KEYS", "c, d")
+    config = ServeConfig(
+        api_keys=(sha256("a"),), api_keys_file=str(file), api_keys_env="SERVER_KEYS"
+    )
+    assert key_hashes(config) == tuple(map(sha256, "abcd"))
+    assert key_hashes(ServeConfig()) == ()
+
+
+def test_a_key_in_place_of_its_hash_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "keys").write_text("sk-secret\n")
+    with pytest.raises(InputError, match=r"line 1 is no SHA-256") as caught:
+        key_hashes(ServeConfig(api_keys_file=str(tmp_path / "keys")))
+    assert "sk-secret" not in str(caught.value)
+    with pytest.raises(InputError, match=r"nowhere: No such file"):
+        key_hashes(ServeConfig(api_keys_file="nowhere"))
+    monkeypatch.delenv("SERVER_KEYS", raising=False)
+    with pytest.raises(ConfigError, match=r"SERVER_KEYS: that variable is not set"):
+        key_hashes(ServeConfig(api_keys_env="SERVER_KEYS"))
+
+
+# --- Size, name, time ------------------------------------------------------------
+
+
+def test_a_body_that_is_too_large_is_not_read(service: Service) -> None:
+    small = service.configured(max_request_bytes=2000)
+    assert send(small, CHAT, json=HELLO[CHAT]).status_code == 200
+
+    async def without_length() -> AsyncIterator[bytes]:
+        for _ in range(30):
+            yield b" " * 100
+
+    for content in (b" " * 3000, without_length()):
+        headers = {"Content-Type": "application/json"}
+        response = send(small, CHAT, content=content, headers=headers)
+        assert response.status_code == 413
+        assert "longer than 2000 bytes" in response.json()["error"]["message"]
+
+
+def test_a_request_keeps_its_name(service: Service, caplog: pytest.LogCaptureFixture) -> None:
+    logger = logging.getLogger("ray.serve")
+    logger.addHandler(caplog.handler)
+    caplog.set_level(logging.INFO, logger="ray.serve")
+    headers = {"X-Request-ID": "trace-7"}
+    response = send(service, CHAT, json={**HELLO[CHAT], "n": 0}, headers=headers)
+    logger.removeHandler(caplog.handler)
+    assert response.headers["x-request-id"] == "trace-7"
+    (line,) = [one.message for one in caplog.records if "trace-7" in one.message]
+    assert '"status": 400' in line
+    for bad in ("", "two words", "x" * 200):
+        headers = {"X-Request-ID": bad}
+        response = send(service, CHAT, json=HELLO[CHAT], headers=headers)
+        assert len(response.headers["x-request-id"]) == 32, "one of the server's own"
+
+
+def test_an_answer_past_its_deadline_is_given_up(service: Service) -> None:
+    hasty = service.configured(deadline_s=1e-9)
+    response = send(hasty, CHAT, json=HELLO[CHAT])
+    error = response.json()["error"]
+    assert (response.status_code, error["code"]) == (408, "deadline_exceeded")
+    assert send(service, CHAT, json=HELLO[CHAT]).status_code == 200
+
+
+# --- Metrics ---------------------------------------------------------------------
+
+
+def values(service: Service) -> dict[str, float]:
+    text = service.run(service.client.get("/metrics")).text
+    lines = [line.rpartition(" ") for line in text.splitlines() if not line.startswith("#")]
+    return {
+        name.replace('model_name="tiny"', "").replace("{}", ""): float(v) for name, _, v in lines
+    }
+
+
+def test_requests_are_counted(service: Service) -> None:
+    fresh = service.configured()
+    fresh.answer(CHAT)
+    fresh.answer(TEXT, n=2)
+    assert fresh.call(TEXT, max_tokens=10_000).status_code == 400
+    found = values(fresh)
+    assert found["vllm:generation_tokens_total"] == 18
+    assert found["vllm:time_to_first_token_seconds_count"] == 3
+    # The first token is none of them.
+    assert found["vllm:inter_token_latency_seconds_count"] == 15
+    assert found["vllm:e2e_request_latency_seconds_count"] == 3
+    assert found["vllm:num_requests_running"] == found["vllm:num_requests_waiting"] == 0
+    # No head, no drafts.
+    assert found["vllm:spec_decode_num_drafts_total"] == 0
+    assert any("aerie:request_refused_total" in name and '"400"' in name for name in found)
