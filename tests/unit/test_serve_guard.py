@@ -97,13 +97,14 @@ def test_a_body_that_is_too_large_is_not_read(service: Service) -> None:
 
 def test_a_request_keeps_its_name(service: Service, caplog: pytest.LogCaptureFixture) -> None:
     logger = logging.getLogger("ray.serve")
+    # Once Ray Serve is imported, its logger hands nothing on to the root's handlers.
     logger.addHandler(caplog.handler)
     caplog.set_level(logging.INFO, logger="ray.serve")
     headers = {"X-Request-ID": "trace-7"}
     response = send(service, CHAT, json={**HELLO[CHAT], "n": 0}, headers=headers)
     logger.removeHandler(caplog.handler)
     assert response.headers["x-request-id"] == "trace-7"
-    (line,) = [one.message for one in caplog.records if "trace-7" in one.message]
+    (line,) = {one.message for one in caplog.records if "trace-7" in one.message}
     assert '"status": 400' in line
     for bad in ("", "two words", "x" * 200):
         headers = {"X-Request-ID": bad}
