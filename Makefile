@@ -4,6 +4,7 @@
 #   PYTHON=path     the interpreter that environment is made from
 #   ARGS="..."      passed on to the command behind the target, for instance
 #                   make quickstart ARGS="train.epochs=2"
+#   WORKERS=n       processes for the tests that start no Ray (default 2)
 #   TORCH_ARGS=".." passed to pip when it installs torch. A machine without a GPU
 #                   saves some 5 GB with PyTorch's CPU build: give
 #                   --extra-index-url and the address of PyTorch's CPU index, as
@@ -17,9 +18,12 @@ PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3,$(shell comma
 VENV ?= .venv
 ARGS ?=
 TORCH_ARGS ?=
+WORKERS ?= 2
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --retries 10 --timeout 120
+# A file's tests stay in one process, which keeps what they share.
+PARALLEL := --numprocesses=$(WORKERS) --dist=loadfile
 TORCH := $(shell sed -n '/^torch==/p' requirements.lock)
 
 # A download that breaks off half-way fails pip as a whole, whatever --retries
@@ -93,8 +97,17 @@ serve: install ## host the published draft head over HTTP
 
 # --- Development ------------------------------------------------------------
 
+# Tests that start Ray have the machine to themselves: two clusters at a time would
+# compete for it, and their time-outs with them. With ARGS, one plain pytest.
 test: install ## all tests but the soak tests
+ifeq ($(strip $(ARGS)),)
+	@failed=0; \
+	$(BIN)/python -m pytest $(PARALLEL) tests/unit tests/parity || failed=1; \
+	$(BIN)/python -m pytest tests/cluster tests/e2e || failed=1; \
+	exit $$failed
+else
 	$(BIN)/python -m pytest $(ARGS)
+endif
 
 soak: install ## the tests that kill processes for minutes
 	$(BIN)/python -m pytest -m soak $(ARGS)
@@ -104,7 +117,7 @@ check: install ## format, lint, types, architecture and unit tests
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest tests/unit -q $(ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) tests/unit -q $(ARGS)
 
 format: install ## rewrite the source the way `check` wants it
 	$(BIN)/ruff format .
