@@ -12,8 +12,6 @@ from typing import Any
 from serve.generation import Finished, Progressed, ScoredToken
 
 Json = dict[str, Any]
-# What a JSON number can be, where a token is forbidden to the target itself.
-LEAST_LOGPROB = -9999.0
 
 
 class Answer(ABC):
@@ -152,7 +150,7 @@ def scored(tokens: Sequence[ScoredToken]) -> list[Json]:
 def _scored(text: str, logprob: float) -> Json:
     return {
         "token": text,
-        "logprob": max(logprob, LEAST_LOGPROB),
+        "logprob": logprob,
         "bytes": list(text.encode(errors="replace")),
     }
 

@@ -4,7 +4,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,7 +15,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingRes
 from core.config import ServeConfig
 from serve.answers import Answer, Json, model_card, model_list, server_sent
 from serve.completions import CompletionRequest
-from serve.errors import EXCEPTION_HANDLERS, ApiError, internal_error, refusal
+from serve.errors import EXCEPTION_HANDLERS, ApiError, internal_error
 from serve.generation import (
     Accepted,
     Event,
@@ -58,6 +58,10 @@ class Backend(Protocol):
         """How many replicas run."""
 
 
+Generate = Callable[[Generation], AsyncGenerator[Event, None]]
+"""A backend's `generate`."""
+
+
 def build_api(backend: Backend, config: ServeConfig) -> FastAPI:
     """All routes; `backend` answers them."""
     api = FastAPI(
@@ -74,30 +78,21 @@ def build_api(backend: Backend, config: ServeConfig) -> FastAPI:
         max_bytes=config.max_request_bytes,
     )
     metrics = Metrics(config.model_name)
-    backend = _Watched(backend, metrics, config.deadline_s)
+
+    def generate(request: Generation) -> AsyncGenerator[Event, None]:
+        return _until(metrics.watched(backend.generate(request)), config.deadline_s)
+
     _add_pages(api, backend, metrics)
-    _add_openai(api, backend, config)
-    _add_tgi(api, backend)
+    _add_openai(api, generate, config)
+    _add_tgi(api, generate)
     _add_tokens(api, backend, config)
     return api
-
-
-class _Watched:
-    """A backend whose answers are counted, and given up when they take too long."""
-
-    def __init__(self, backend: Backend, metrics: Metrics, deadline_s: float) -> None:
-        self._backend, self._metrics, self._deadline_s = backend, metrics, deadline_s
-        self.tokenize, self.detokenize = backend.tokenize, backend.detokenize
-        self.running = backend.running
-
-    def generate(self, request: Generation) -> AsyncGenerator[Event, None]:
-        events = self._metrics.watched(self._backend.generate(request))
-        return _until(events, self._deadline_s)
 
 
 async def _until(
     events: AsyncGenerator[Event, None], seconds: float
 ) -> AsyncGenerator[Event, None]:
+    """The events; an error where the time is up or the decoder failed."""
     deadline = asyncio.get_running_loop().time() + seconds
     async with aclosing(events):
         while True:
@@ -112,6 +107,8 @@ async def _until(
                     f"the answer took longer than {seconds:g} seconds; ask for fewer tokens",
                     code="deadline_exceeded",
                 ) from None
+            if isinstance(event, Failed):
+                raise internal_error(event.message)
             yield event
 
 
@@ -136,7 +133,7 @@ def _add_pages(api: FastAPI, backend: Backend, metrics: Metrics) -> None:
         return Response(metrics.text(), media_type=CONTENT_TYPE)
 
 
-def _add_openai(api: FastAPI, backend: Backend, config: ServeConfig) -> None:
+def _add_openai(api: FastAPI, ask: Generate, config: ServeConfig) -> None:
     name, created = config.model_name, int(time.time())
 
     @api.get("/v1/models")
@@ -154,25 +151,25 @@ def _add_openai(api: FastAPI, backend: Backend, config: ServeConfig) -> None:
     async def chat(body: ChatRequest) -> Response:
         """Answer a conversation, whole or as a stream of server-sent events."""
         _check_model(body.model, name)
-        return await _respond(backend, body.generation(), body.answer(name), body.stream)
+        return await _respond(ask, body.generation(), body.answer(name), body.stream)
 
     @api.post("/v1/completions", response_model=None)
     async def complete(body: CompletionRequest) -> Response:
         """Go on with a text, whole or as a stream of server-sent events."""
         _check_model(body.model, name)
-        return await _respond(backend, body.generation(), body.answer(name), body.stream)
+        return await _respond(ask, body.generation(), body.answer(name), body.stream)
 
 
-def _add_tgi(api: FastAPI, backend: Backend) -> None:
+def _add_tgi(api: FastAPI, ask: Generate) -> None:
     @api.post("/generate", response_model=None)
     async def generate(body: GenerateRequest) -> Response:
         """Go on with a text, as TGI does."""
-        return await _respond(backend, body.generation(), body.answer(), False)
+        return await _respond(ask, body.generation(), body.answer(), False)
 
     @api.post("/generate_stream", response_model=None)
     async def generate_stream(body: GenerateRequest) -> Response:
         """The same, an event a token."""
-        return await _respond(backend, body.generation(), body.answer(), True)
+        return await _respond(ask, body.generation(stream=True), body.answer(), True)
 
 
 def _add_tokens(api: FastAPI, backend: Backend, config: ServeConfig) -> None:
@@ -205,8 +202,8 @@ def _check_model(name: str, served: str) -> None:
         )
 
 
-async def _respond(backend: Backend, request: Generation, answer: Answer, stream: bool) -> Response:
-    events = backend.generate(request)
+async def _respond(ask: Generate, request: Generation, answer: Answer, stream: bool) -> Response:
+    events = ask(request)
     try:
         answer.prompt_tokens = await _prompt_tokens(events)
     except BaseException:
@@ -233,8 +230,6 @@ async def _whole(events: AsyncGenerator[Event, None], request: Generation, answe
     finished: dict[int, Finished] = {}
     async with aclosing(events):
         async for event in events:
-            if isinstance(event, Failed):
-                raise internal_error(event.message)
             if isinstance(event, Progressed):
                 rounds.append(event)
             if isinstance(event, Finished):
@@ -250,8 +245,6 @@ async def _stream(events: AsyncGenerator[Event, None], answer: Answer) -> AsyncG
             yield server_sent(chunk)
         try:
             async for event in events:
-                if isinstance(event, Failed):
-                    raise internal_error(event.message)
                 if isinstance(event, Progressed):
                     chunks = answer.part(event)
                 else:
@@ -268,7 +261,7 @@ async def _stream(events: AsyncGenerator[Event, None], answer: Answer) -> AsyncG
 
 
 def _refused(rejected: Rejected) -> ApiError:
-    return refusal(
+    return ApiError(
         rejected.status,
         rejected.message,
         param=rejected.param,

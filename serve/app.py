@@ -21,7 +21,7 @@ from ray.serve.handle import DeploymentHandle
 from core.config import Config, ServeConfig
 from core.errors import ConfigError
 from serve.api import build_api
-from serve.errors import ApiError, internal_error, refusal
+from serve.errors import ApiError, internal_error
 from serve.generation import Event, Generation, Prompt, Rejected, Tokens
 from serve.keys import key_hashes
 from serve.replica import RETRY_AFTER_S, DecoderReplica
@@ -77,7 +77,7 @@ class DecoderReplicas:
 
 def _api_error(error: Exception) -> ApiError:
     if isinstance(error, BackPressureError):
-        return refusal(
+        return ApiError(
             429,
             "too many requests wait already; try again later",
             code="queue_full",

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from pydantic import Field, field_validator
 
-from serve.answers import LEAST_LOGPROB, Json, OpenAIAnswer
+from serve.answers import Json, OpenAIAnswer
 from serve.fields import SampledBody, TokenId, Unicode
 from serve.generation import Finished, Generation, Progressed
 
@@ -41,16 +41,8 @@ class CompletionRequest(SampledBody):
 
     def generation(self) -> Generation:
         """What the decoder is asked."""
-        return Generation(
-            self.prompt if isinstance(self.prompt, str) else tuple(self.prompt),  # type: ignore[arg-type]
-            prompt_field="prompt",
-            choices=self.n,
-            max_new_tokens=self.max_tokens,
-            sampling=self.sampling(self.logprobs),
-            seed=self.seed,
-            stops=self.stops,
-            stop_token_ids=tuple(self.stop_token_ids or ()),
-        )
+        prompt = self.prompt if isinstance(self.prompt, str) else tuple(self.prompt)
+        return self.asked(prompt, "prompt", self.max_tokens, self.logprobs)  # type: ignore[arg-type]
 
     def answer(self, model: str) -> CompletionAnswer:
         """What builds the response."""
@@ -100,9 +92,7 @@ class CompletionAnswer(OpenAIAnswer):
             self._offsets[place] += len(token.text)
         return {
             "tokens": [token.text for token in tokens],
-            "token_logprobs": [max(token.logprob, LEAST_LOGPROB) for token in tokens],
-            "top_logprobs": [
-                {text: max(value, LEAST_LOGPROB) for text, value in token.top} for token in tokens
-            ],
+            "token_logprobs": [token.logprob for token in tokens],
+            "top_logprobs": [dict(token.top) for token in tokens],
             "text_offset": offsets,
         }

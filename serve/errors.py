@@ -13,6 +13,9 @@ from starlette.exceptions import HTTPException
 
 logger = logging.getLogger("ray.serve")
 
+# OpenAI's `type` of an error by its status; all others are the request's own fault.
+KINDS = {429: "rate_limit_error", 500: "server_error", 503: "server_error"}
+
 
 class ApiError(Exception):
     """An error in OpenAI's shape.
@@ -20,7 +23,6 @@ class ApiError(Exception):
     Args:
         status: of HTTP.
         message: what is wrong, what was got, what to do.
-        kind: OpenAI's `type`.
         param: the field of the request.
         code: OpenAI's machine-readable code.
         retry_after_s: sent as the header `Retry-After`.
@@ -31,25 +33,33 @@ class ApiError(Exception):
         status: int,
         message: str,
         *,
-        kind: str = "invalid_request_error",
         param: str | None = None,
         code: str | None = None,
         retry_after_s: int | None = None,
     ) -> None:
         super().__init__(message)
         self.status, self.message, self.retry_after_s = status, message, retry_after_s
-        self.kind, self.param, self.code = kind, param, code
+        self.param, self.code = param, code
 
     def body(self) -> dict[str, Any]:
         """The JSON of the response."""
         return {
             "error": {
                 "message": self.message,
-                "type": self.kind,
+                "type": KINDS.get(self.status, "invalid_request_error"),
                 "param": self.param,
                 "code": self.code,
             }
         }
+
+    def response(self) -> JSONResponse:
+        """The whole response."""
+        headers = {}
+        if self.status == 401:
+            headers["WWW-Authenticate"] = "Bearer"
+        if self.retry_after_s is not None:
+            headers["Retry-After"] = str(self.retry_after_s)
+        return JSONResponse(self.body(), status_code=self.status, headers=headers)
 
 
 def validation_error(problems: Sequence[Any]) -> ApiError:
@@ -80,44 +90,30 @@ def _is_tag(part: int | str) -> bool:
 
 async def _on_api_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, ApiError)
-    headers = {} if error.retry_after_s is None else {"Retry-After": str(error.retry_after_s)}
-    return JSONResponse(error.body(), status_code=error.status, headers=headers)
+    return error.response()
 
 
 async def _on_validation_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
-    return await _on_api_error(request, validation_error(error.errors()))
+    return validation_error(error.errors()).response()
 
 
 async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     message = f"{request.method} {request.url.path[:200]}: {error.detail}"
-    response = await _on_api_error(request, ApiError(error.status_code, message))
+    response = ApiError(error.status_code, message).response()
     response.headers.update(error.headers or {})
     return response
 
 
 async def _on_error(request: Request, error: Exception) -> JSONResponse:
     logger.error("request failed", exc_info=error)
-    return await _on_api_error(request, internal_error())
+    return internal_error().response()
 
 
 def internal_error(message: str = "internal error; see the server's log") -> ApiError:
     """What a client is told about a failure that is not its own."""
-    return ApiError(500, message, kind="server_error")
-
-
-def refusal(
-    status: int,
-    message: str,
-    *,
-    param: str | None = None,
-    code: str | None = None,
-    retry_after_s: int | None = None,
-) -> ApiError:
-    """What a client is told whose request is not served, in OpenAI's words for the status."""
-    kind = {429: "rate_limit_error", 503: "server_error"}.get(status, "invalid_request_error")
-    return ApiError(status, message, kind=kind, param=param, code=code, retry_after_s=retry_after_s)
+    return ApiError(500, message)
 
 
 EXCEPTION_HANDLERS = {

@@ -20,6 +20,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from serve.errors import ApiError
+from serve.generation import Generation, Prompt
 
 MOST_CHOICES = 16
 MOST_STOPS = 16
@@ -74,6 +75,11 @@ def _unsupported(name: str, neutral: Sequence[Any]) -> ApiError:
     only = " or ".join(json.dumps(allowed) for allowed in neutral)
     how = f"supported here only as {only}" if neutral else "not supported here"
     return ApiError(400, f"{name} is {how}; leave it out", param=name, code="unsupported_parameter")
+
+
+def given_of(**settings: Any) -> dict[str, Any]:
+    """The decoder's settings that a request gives."""
+    return {name: value for name, value in settings.items() if value is not None}
 
 
 class StreamOptions(Body):
@@ -138,22 +144,28 @@ class SampledBody(Body):
     def with_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
 
-    @property
-    def stops(self) -> tuple[str, ...]:
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-
-    def sampling(self, logprobs: int | None) -> dict[str, Any]:
-        """What was given of the decoder's settings."""
+    def asked(
+        self, prompt: Prompt, field: str, max_new_tokens: int | None, logprobs: int | None
+    ) -> Generation:
+        """What the decoder is asked, with the prompt that a field holds."""
         bias = {int(token): value for token, value in (self.logit_bias or {}).items()}
-        settings = {
-            "temperature": self.temperature,
-            "top_p": self.top_p,
-            "top_k": None if self.top_k is None else max(self.top_k, 0),
-            "min_p": self.min_p,
-            "presence_penalty": self.presence_penalty,
-            "frequency_penalty": self.frequency_penalty,
-            "repetition_penalty": self.repetition_penalty,
-            "logit_bias": bias or None,
-            "logprobs": logprobs,
-        }
-        return {name: value for name, value in settings.items() if value is not None}
+        return Generation(
+            prompt,
+            prompt_field=field,
+            choices=self.n,
+            max_new_tokens=max_new_tokens,
+            sampling=given_of(
+                temperature=self.temperature,
+                top_p=self.top_p,
+                top_k=None if self.top_k is None else max(self.top_k, 0),
+                min_p=self.min_p,
+                presence_penalty=self.presence_penalty,
+                frequency_penalty=self.frequency_penalty,
+                repetition_penalty=self.repetition_penalty,
+                logit_bias=bias or None,
+                logprobs=logprobs,
+            ),
+            seed=self.seed,
+            stops=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
+            stop_token_ids=tuple(self.stop_token_ids or ()),
+        )

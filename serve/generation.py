@@ -13,6 +13,8 @@ from serve.text import Span
 
 Role = Literal["system", "user", "assistant"]
 Reason = Literal["string", "token", "length"]
+# Stands for the logarithm of nothing, which JSON has no number for.
+LEAST_LOGPROB = -9999.0
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,7 @@ class ScoredToken:
     """A token and the target's log-probability of it, and of the likeliest in its place.
 
     Attributes:
+        logprob: as those of `top`, LEAST_LOGPROB or more.
         special: whether it stays out of the answer's text.
     """
 

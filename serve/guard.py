@@ -12,7 +12,6 @@ from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
-from starlette.responses import JSONResponse
 
 from serve.errors import ApiError
 from serve.keys import is_known
@@ -54,7 +53,7 @@ class Guard:
         try:
             refusal = self._refusal(scope["path"], headers)
             if refusal is not None:
-                await _answer(refusal)(scope, receive, named)
+                await refusal.response()(scope, receive, named)
             else:
                 await self._app(scope, self._limited(receive), named)
         finally:
@@ -96,8 +95,3 @@ class Guard:
 
     def _too_large(self) -> str:
         return f"the body is longer than {self._max_bytes} bytes; shorten it"
-
-
-def _answer(error: ApiError) -> JSONResponse:
-    headers = {"WWW-Authenticate": "Bearer"} if error.status == 401 else {}
-    return JSONResponse(error.body(), status_code=error.status, headers=headers)

@@ -80,16 +80,9 @@ class ChatRequest(SampledBody):
 
     def generation(self) -> Generation:
         """What the decoder is asked."""
-        return Generation(
-            conversation(self.messages),
-            prompt_field="messages",
-            choices=self.n,
-            max_new_tokens=self.max_completion_tokens or self.max_tokens,
-            sampling=self.sampling((self.top_logprobs or 0) if self.logprobs else None),
-            seed=self.seed,
-            stops=self.stops,
-            stop_token_ids=tuple(self.stop_token_ids or ()),
-        )
+        limit = self.max_completion_tokens or self.max_tokens
+        logprobs = (self.top_logprobs or 0) if self.logprobs else None
+        return self.asked(conversation(self.messages), "messages", limit, logprobs)
 
     def answer(self, model: str) -> ChatAnswer:
         """What builds the response."""

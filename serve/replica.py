@@ -12,6 +12,7 @@ from core.config import Config
 from core.errors import BusyError, InputError, UserError
 from core.progress import say
 from serve.generation import (
+    LEAST_LOGPROB,
     Accepted,
     Conversation,
     Event,
@@ -229,8 +230,8 @@ class _Answer:
         return ScoredToken(
             token.token_id,
             self._text_of(token.token_id),
-            token.logprob,
-            tuple((self._text_of(one), logprob) for one, logprob in token.top),
+            max(token.logprob, LEAST_LOGPROB),
+            tuple((self._text_of(one), max(value, LEAST_LOGPROB)) for one, value in token.top),
             token.token_id in self._tokenizer.all_special_ids,
         )
 

@@ -7,8 +7,8 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 
-from serve.answers import LEAST_LOGPROB, Answer, Json
-from serve.fields import MOST_STOPS, Body, Unicode
+from serve.answers import Answer, Json
+from serve.fields import MOST_STOPS, Body, Unicode, given_of
 from serve.generation import Finished, Generation, Progressed, ScoredToken
 
 # TGI's default.
@@ -46,21 +46,20 @@ class Parameters(Body):
     return_full_text: bool = False
     details: bool = False
 
-    def sampling(self) -> Json:
+    def sampling(self, *, with_tokens: bool) -> Json:
         """What was given of the decoder's settings."""
         temperature = self.temperature
         if temperature is None and (self.do_sample or self.top_k or self.top_p):
             temperature = 1.0
-        settings = {
-            "temperature": temperature,
-            "top_k": self.top_k,
-            "top_p": self.top_p,
-            "repetition_penalty": self.repetition_penalty,
-            "frequency_penalty": self.frequency_penalty,
+        return given_of(
+            temperature=temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            repetition_penalty=self.repetition_penalty,
+            frequency_penalty=self.frequency_penalty,
             # The chosen token's, without others beside it.
-            "logprobs": 0,
-        }
-        return {name: value for name, value in settings.items() if value is not None}
+            logprobs=0 if with_tokens else None,
+        )
 
 
 class GenerateRequest(Body):
@@ -69,14 +68,14 @@ class GenerateRequest(Body):
     inputs: Unicode
     parameters: Parameters = Field(default_factory=Parameters)
 
-    def generation(self) -> Generation:
-        """What the decoder is asked."""
+    def generation(self, *, stream: bool = False) -> Generation:
+        """What the decoder is asked; tokens are told of in a stream and in details alone."""
         given = self.parameters
         return Generation(
             self.inputs,
             prompt_field="inputs",
             max_new_tokens=given.max_new_tokens,
-            sampling=given.sampling(),
+            sampling=given.sampling(with_tokens=stream or given.details),
             seed=given.seed,
             stops=tuple(given.stop),
         )
@@ -146,6 +145,6 @@ def _token(token: ScoredToken) -> Json:
     return {
         "id": token.id,
         "text": token.text,
-        "logprob": max(token.logprob, LEAST_LOGPROB),
+        "logprob": token.logprob,
         "special": token.special,
     }
