@@ -29,6 +29,7 @@ from core.models.weights import load_embedding, load_output_head
 from core.provenance import git_revision, versions
 from core.tracking import MetricLog
 from core.train.batches import BatchMaker
+from core.train.draft import DraftTrainee
 from core.train.engine import build_engine
 from core.train.evaluation import ACCEPTED_DEPTH, ACCEPTED_LENGTH
 from core.train.loop import Host, TrainingLoop
@@ -206,7 +207,8 @@ def train(
     output_head_VH = load_output_head(target)
     head = task.first_head(output_head_VH)
     parameters = sum(parameter.numel() for parameter in head.parameters())
-    engine = build_engine(head, load_embedding(target), output_head_VH, task.config.train, device)
+    trainee = DraftTrainee(head, load_embedding(target), output_head_VH)
+    engine = build_engine(trainee, task.config.train, device)
     held_out = None
     if task.held_out is not None:
         held_out = _batch_maker(task, open_source(task, HELD_OUT), task.held_out, device)
