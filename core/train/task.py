@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -219,7 +219,7 @@ def train(
         held_out=held_out,
         config=task.config.train,
         host=host,
-        open_log=_log_opener(task, output, run_id) if host.rank == 0 else None,
+        open_log=log_opener(task, output, run_id) if host.rank == 0 else None,
     )
     figures = {**_figures(task, loop.run()), "parameters": parameters}
     # All workers call: it is put together from their parts.
@@ -232,7 +232,20 @@ def train(
     return figures
 
 
-def _log_opener(task: DraftTask, output: Path, run_id: str) -> Callable[[int], MetricLog]:
+class Described(Protocol):
+    """What a run's log says of a task."""
+
+    @property
+    def config(self) -> Config:
+        """Resolved."""
+
+    @property
+    def code(self) -> dict[str, Any]:
+        """Versions and commit."""
+
+
+def log_opener(task: Described, output: Path, run_id: str) -> Callable[[int], MetricLog]:
+    """What the first worker opens its log with, once it knows at which step it goes on."""
     # The driver's own: workers may run elsewhere, from a copy without `.git`.
     about = {"config": task.config.model_dump(mode="json"), "code": task.code}
 
