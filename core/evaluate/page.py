@@ -13,8 +13,8 @@ import jinja2
 from rich.console import Console
 from rich.table import Table
 
-from core.evaluate.speculation import BASELINE, HF_GENERATE
-from core.evaluate.summary import CHOSEN
+from core.evaluate.speculation import BASELINE, HF_GENERATE, HF_LOOKUP
+from core.evaluate.ways import CHOSEN, COPIES_ALONE, WITHOUT_COPIES
 from core.paths import write_atomically
 
 TEMPLATE = Path(__file__).with_name("page.html.jinja")
@@ -62,6 +62,7 @@ def write_page(
         ways=way_rows(evaluation),
         by_task=by_task,
         depths=depths_shown(by_task),
+        best_fixed=best_fixed(evaluation),
         lossless=lossless(evaluation),
         reports=reports,
         plots=plots,
@@ -78,30 +79,73 @@ def read_samples(evaluation: Path) -> list[dict[str, Any]]:
 
 
 def way_rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A row for each way of decoding: name, nodes, prompts, τ, tokens/s, speedup."""
+    """A row for each way of decoding: its name, and the figures as they are shown."""
     ways = report["overall"]["ways"].items()
-    return [{"name": _name(report, way), **row} for way, row in ways]
+    return [_shown_row(report, way, row) for way, row in ways]
 
 
 def task_rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Such a row for each task and way; the baseline is 1 in all of them by definition."""
     return [
-        {"task": task, "name": _name(report, way), **row}
+        {"task": task, **_shown_row(report, way, row)}
         for task, figures in {**report["tasks"], "overall": report["overall"]}.items()
         for way, row in figures["ways"].items()
         if way != BASELINE
     ]
 
 
-def _name(report: Mapping[str, Any], way: str) -> str:
+def _shown_row(report: Mapping[str, Any], way: str, row: Mapping[str, Any]) -> dict[str, Any]:
+    tau = row["accepted_length"]
+    return {
+        **row,
+        "name": way_name(report, way),
+        "tau": "–" if tau is None else f"{tau:.2f}",
+        "nodes": "–" if tau is None else f"{row['tree_size']:.3g}",
+        "speed": f"{row['tokens_per_second']:.1f}",
+        "gain": times(row, "speedup") if way != BASELINE else "1.00×",
+        "over_hf": times(row, "over_hf_generate") if way != HF_GENERATE else "1.00×",
+    }
+
+
+def times(row: Mapping[str, Any], name: str) -> str:
+    """A ratio and its interval: `1.34× (1.28–1.41)`."""
+    value, interval = row[name], row[f"{name}_interval"]
+    if value is None:
+        return "–"
+    return f"{value:.2f}×" + (f" ({interval[0]:.2f}–{interval[1]:.2f})" if interval else "")
+
+
+def way_name(report: Mapping[str, Any], way: str) -> str:
+    """For people."""
+    settings = report["settings"]
     names = {
         BASELINE: "autoregressive (baseline)",
         CHOSEN: f"chosen tree, {report['chosen']['total_tokens']} nodes",
+        WITHOUT_COPIES: "chosen tree, without copies",
+        COPIES_ALONE: "copies alone",
         HF_GENERATE: "HF generate",
+        HF_LOOKUP: f"HF prompt lookup, {settings.get('hf_lookup_tokens')} tokens",
     }
-    kind, _, size = way.rpartition("_")
-    fallback = f"{'tree of' if kind == 'tree' else 'untrained head,'} {size} nodes"
-    return names.get(way, fallback)
+    if way in names:
+        return names[way]
+    kind, size, *depth = way.split("_")
+    name = f"{'tree of' if kind == 'tree' else 'untrained head,'} {size} nodes"
+    return name + (f", depth {depth[-1]}" if depth else "")
+
+
+def best_fixed(report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """By task: the chosen tree's speed over the best fixed setting's, where several are there."""
+    rows = {**report["tasks"], "overall": report["overall"]}
+    return [
+        {
+            "task": task,
+            "name": way_name(report, found["way"]),
+            "of": found["of"],
+            "ratio": times(found, "ratio"),
+        }
+        for task, row in rows.items()
+        if (found := row["against_best_fixed"])
+    ]
 
 
 def depths_shown(rows: Sequence[Mapping[str, Any]]) -> int:
@@ -129,20 +173,24 @@ def losses(report: Mapping[str, Any]) -> int:
 def print_table(report: Mapping[str, Any]) -> None:
     """The evaluation's result on standard output."""
     overall = report["overall"]
-    table = Table(title=f"Evaluation on {overall['prompts']} prompts, {report['device']}")
-    for heading in ("way", "prompts", "τ", "tokens/s", "speedup"):
+    repeats = overall["repeats"]
+    title = f"Evaluation on {overall['prompts']} prompts, {report['device']}"
+    table = Table(title=title + (f", medians of {repeats} repeats" if repeats > 1 else ""))
+    for heading in ("way", "prompts", "nodes", "τ", "tokens/s", "speedup (95%)", "× HF generate"):
         table.add_column(heading, justify="left" if heading == "way" else "right")
     for row in way_rows(report):
-        table.add_row(
-            row["name"],
-            str(row["prompts"]),
-            _tau(row),
-            f"{row['tokens_per_second']:.1f}",
-            f"{row['speedup']:.2f}×",
-        )
+        cells = (row[key] for key in ("nodes", "tau", "speed", "gain", "over_hf"))
+        table.add_row(row["name"], str(row["prompts"]), *cells)
     console = Console(width=TERMINAL_WIDTH)
     console.print(table)
     console.print(_task_table(report))
+    if rows := best_fixed(report):
+        console.print(
+            f"the chosen tree's speed over that of the best of {rows[0]['of']} fixed settings, "
+            "which is picked on the other half of the prompts:"
+        )
+        for row in rows:
+            console.print(f"  {row['task']}: {row['ratio']} of {row['name']}")
     console.print(f"repetition rate of the outputs: {overall['repetition_rate']:.1%}")
     console.print(f"lossless: {lossless(report)}")
     for one in report["differences"]:
@@ -172,9 +220,5 @@ def _task_table(report: Mapping[str, Any]) -> Table:
             table.add_section()
         before = row["task"]
         shares = [f"{100 * share:.0f}%" for share in row["acceptance_by_depth"]]
-        table.add_row(task, row["name"], _tau(row), f"{row['speedup']:.2f}×", *shares)
+        table.add_row(task, row["name"], row["tau"], row["gain"], *shares)
     return table
-
-
-def _tau(row: Mapping[str, Any]) -> str:
-    return "–" if row["accepted_length"] is None else f"{row['accepted_length']:.2f}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,17 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
+from core.evaluate.speculation import HF_GENERATE, HF_LOOKUP
+from core.evaluate.ways import CHOSEN, COPIES_ALONE, WITHOUT_COPIES
+
 SIZE_INCHES = (6.4, 3.8)
+SHOWN_WAYS = {
+    CHOSEN: "chosen tree",
+    WITHOUT_COPIES: "without copies",
+    COPIES_ALONE: "copies alone",
+    HF_GENERATE: "HF generate",
+    HF_LOOKUP: "HF prompt lookup",
+}
 
 
 def plot_evaluation(report: Mapping[str, Any], folder: Path) -> list[Path]:
@@ -40,17 +50,46 @@ def _acceptance_by_depth(report: Mapping[str, Any], folder: Path) -> Path:
 
 
 def _speedup_by_task(report: Mapping[str, Any], folder: Path) -> Path:
+    """Bars of the chosen tree and, where they were measured, of what it is held against."""
     rows = {**report["tasks"], "overall": report["overall"]}
-    speedups = [row["speedup"] for row in rows.values()]
+    shown = [way for way in SHOWN_WAYS if way in report["overall"]["ways"]]
+    width = 0.8 / len(shown)
     figure, axes = plt.subplots(figsize=SIZE_INCHES, layout="constrained")
-    bars = axes.bar(list(rows), speedups, width=0.5)
-    axes.bar_label(bars, fmt="%.2f×")
+    for number, way in enumerate(shown):
+        places = [
+            (place, task["ways"][way])
+            for place, task in enumerate(rows.values())
+            if way in task["ways"]
+        ]
+        at = [place + (number - (len(shown) - 1) / 2) * width for place, _ in places]
+        speedups = [row["speedup"] for _, row in places]
+        bars = axes.bar(at, speedups, width, label=SHOWN_WAYS[way])
+        axes.errorbar(
+            at, speedups, _error_bars([row for _, row in places]), fmt="none", ecolor="black",
+            elinewidth=1, capsize=2,
+        )  # fmt: skip
+        axes.bar_label(bars, fmt="%.2f", fontsize=7, padding=2)
     axes.axhline(1, color="black", linewidth=1, linestyle="--")
+    axes.set_xticks(range(len(rows)), list(rows), rotation=20 if len(rows) > 4 else 0)
     axes.set(
         ylabel="tokens/s, autoregressive = 1",
         title=f"Speedup at the chosen tree of {report['chosen']['total_tokens']} nodes",
     )
+    axes.margins(y=0.15)
+    if len(shown) > 1:
+        axes.legend(fontsize=8)
     return _save(figure, folder / "speedup_by_task.png")
+
+
+def _error_bars(rows: Sequence[Mapping[str, Any]]) -> list[list[float]]:
+    """How far the intervals reach below and above; nothing where there are none."""
+    reach = []
+    for row in rows:
+        value = row["speedup"]
+        low, high = row["speedup_interval"] or (value, value)
+        # The median of few repeats may lie outside of what the samples give.
+        reach.append((max(0.0, value - low), max(0.0, high - value)))
+    return [[below for below, _ in reach], [above for _, above in reach]]
 
 
 def _save(figure: Any, path: Path) -> Path:

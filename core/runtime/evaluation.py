@@ -22,6 +22,7 @@ from core.evaluate.plots import plot_evaluation
 from core.evaluate.session import EvaluationSession, select_prompts
 from core.evaluate.speculation import PromptResult
 from core.evaluate.summary import summarize
+from core.evaluate.ways import fixed_plans, most_tokens
 from core.models.target import target_folder
 from core.paths import resolve_path, write_atomically
 from core.progress import Progress, say
@@ -42,16 +43,18 @@ def evaluation_inputs(config: Config) -> dict[str, Path]:
             "eval.prompts is not set; give a JSONL of prompts, such as Spec-Bench's question.jsonl "
             "or the prompts.jsonl that prepare_data wrote"
         )
-    if not config.draft.path:
-        raise ConfigError("draft.path is not set; give a draft head's folder (<output>/head)")
+    if not config.draft.path and not config.decode.ngram_match:
+        raise ConfigError(
+            "draft.path is not set; give a draft head's folder (<output>/head), or "
+            "decode.ngram_match to measure copying alone"
+        )
     check_tree_sizes(config)
-    head = resolve_path(config.draft.path, field="draft.path")
-    check_folder(head)
-    return {
-        "target.path": target_folder(config.target.path),
-        "draft.path": head,
-        **_prompt_files(config),
-    }
+    _prompts(config)
+    inputs = {"target.path": target_folder(config.target.path), **_prompt_files(config)}
+    if config.draft.path:
+        inputs["draft.path"] = resolve_path(config.draft.path, field="draft.path")
+        check_folder(inputs["draft.path"])
+    return inputs
 
 
 def _prompt_files(config: Config) -> dict[str, Path]:
@@ -67,13 +70,12 @@ def _prompt_files(config: Config) -> dict[str, Path]:
 
 def check_tree_sizes(config: Config) -> None:
     """Raise ConfigError where a fixed tree size is more than top-k and depth can fill."""
-    decode = config.decode
-    for size in config.eval.fixed_total_tokens:
-        if size > decode.most_tokens:
+    for plan in fixed_plans(config).values():
+        if plan.total_tokens > most_tokens(plan):
             raise ConfigError(
-                f"eval.fixed_total_tokens: {size} is outside 1..{decode.most_tokens}, which "
-                f"decode.top_k={decode.top_k} and decode.depth={decode.depth} allow; change one "
-                "of them"
+                f"eval.fixed_total_tokens: {plan.total_tokens} is outside 1..{most_tokens(plan)}, "
+                f"which decode.top_k={plan.top_k} and a depth of {plan.depth} (eval.fixed_depths, "
+                "else decode.depth) allow; change one of them"
             )
 
 
@@ -141,7 +143,7 @@ def _unanswered(
 
 def evaluate_draft(config: Config, folder: RunFolder) -> Mapping[str, Any]:
     """Answer all prompts, write `outputs.jsonl` as they come, then plots and a page."""
-    prompts = select_prompts(read_prompts(*_prompt_files(config).values()), config.eval.max_prompts)
+    prompts = _prompts(config)
     if not prompts:
         raise InputError(f"eval.prompts={config.eval.prompts} holds no prompt")
     outputs = folder.path / "outputs.jsonl"
@@ -160,11 +162,18 @@ def evaluate_draft(config: Config, folder: RunFolder) -> Mapping[str, Any]:
         say(STAGE, f"chosen tree: {about['chosen']['total_tokens']} nodes")
         _collect(evaluator, unanswered, len(names), outputs, results)
         ray.kill(evaluator)
-    report = {**summarize([results[name] for name in names]), **(about or {})}
+    report = {
+        **summarize([results[name] for name in names], list(fixed_plans(config))),
+        **(about or {}),
+    }
     report["settings"] = {
         "dtype": config.target.dtype,
         "max_new_tokens": config.eval.max_new_tokens,
         "temperature": 0,
+        "repeats": config.eval.repeats,
+        "ngram_match": config.decode.ngram_match,
+        "hf_model": config.eval.hf_model,
+        "hf_lookup_tokens": config.eval.hf_lookup_tokens,
     }
     plot_evaluation(report, folder.path)
     write_page(
@@ -174,6 +183,12 @@ def evaluate_draft(config: Config, folder: RunFolder) -> Mapping[str, Any]:
         read_samples(folder.path),
     )
     return report
+
+
+def _prompts(config: Config) -> list[Prompt]:
+    """Those that are answered, in order."""
+    found = read_prompts(*_prompt_files(config).values())
+    return select_prompts(found, config.eval.max_prompts, config.eval.tasks)
 
 
 def _start_evaluator(config: Config, about: dict[str, Any] | None) -> Any:
@@ -206,7 +221,8 @@ def _collect(
             file.write(json.dumps(values, ensure_ascii=False) + "\n")
             file.flush()
             results[values["id"]] = PromptResult.from_dict(values)
-            tokens = sum(len(a["token_ids"]) for a in values["answers"].values())
+            answers = itertools.chain.from_iterable(values["answers"].values())
+            tokens = sum(len(answer["token_ids"]) for answer in answers)
             progress.advance(1, tokens=tokens)
 
 

@@ -18,8 +18,10 @@ from core.draft.folder import save_head
 from core.draft.vocabulary import DraftVocabulary
 from core.errors import ConfigError, InputError
 from core.evaluate.session import EvaluationSession, select_prompts
-from core.evaluate.speculation import BASELINE, HF_GENERATE
-from core.evaluate.summary import CHOSEN, summarize
+from core.evaluate.speculation import BASELINE, HF_GENERATE, HF_LOOKUP
+from core.evaluate.summary import summarize
+from core.evaluate.ways import CHOSEN, COPIES_ALONE, WITHOUT_COPIES, fixed_plans
+from core.models.packed import PackedLinear
 from core.models.target import Target
 
 
@@ -67,10 +69,53 @@ def test_every_way_answers_and_none_differs(config: Config) -> None:
     assert list(results[0].answers) == everything
     assert list(results[1].answers) == everything[:3], "the first prompts alone"
     assert all(not result.differences for result in results)
-    assert len({result.answers[BASELINE].token_ids for result in results}) == 2
+    assert len({result.answers[BASELINE][0].token_ids for result in results}) == 2
     report = summarize(results)["overall"]
     assert report["lossless_identical"] == report["lossless_total"] == 5
     assert report["ways"]["tree_12"]["tree_size"] == 12
+
+
+def test_copies_depths_and_repeats_are_ways_of_their_own(config: Config) -> None:
+    config = config.replace(
+        decode={"ngram_match": 2},
+        eval={
+            "repeats": 3,
+            "fixed_total_tokens": [4, 12],
+            "fixed_depths": [1, 2],
+            "ngram_total_tokens": 5,
+            "untrained_prompts": 0,
+            "hf_lookup_tokens": 3,
+        },
+    )
+    session = EvaluationSession(config, 1, None)
+    fixed = ["tree_4_depth_1", "tree_4_depth_2", "tree_12_depth_1", "tree_12_depth_2"]
+    assert list(fixed_plans(config)) == fixed
+    (result,) = session.answer(_prompt("a", "x", "hello hello hello hello"), 0)
+    assert list(result.answers) == [
+        BASELINE, CHOSEN, WITHOUT_COPIES, COPIES_ALONE, *fixed, HF_GENERATE, HF_LOOKUP,
+    ]  # fmt: skip
+    assert all(len(repeats) == 3 for repeats in result.answers.values())
+    assert not result.differences
+    (alone, *_) = result.answers[COPIES_ALONE]
+    # A match of three words of a head's tree would be larger; where nothing matches, it is a root.
+    assert 1 <= alone.tree_size <= 5
+    report = summarize([result, result], fixed)["overall"]
+    assert report["repeats"] == 3 and report["lossless_total"] == 14
+    assert report["against_best_fixed"]["way"] in fixed
+
+
+@pytest.mark.parametrize(("hf_model", "same"), [("plain", False), ("packed", True)])
+def test_hf_generates_with_a_model_of_its_own_unless_told_otherwise(
+    config: Config, hf_model: str, same: bool
+) -> None:
+    session = EvaluationSession(config.replace(eval={"hf_model": hf_model}), 1, None)
+    outside, ours = session.ways.outside, session.decoder.target
+    assert outside is not None and (outside.model is ours.model) == same
+    packed = [
+        any(isinstance(m, PackedLinear) for m in one.model.modules()) for one in (outside, ours)
+    ]
+    assert packed == [same, True]
+    assert outside.dtype == ours.dtype
 
 
 def test_a_prompt_that_does_not_fit_is_named_before_any_is_answered(config: Config) -> None:
@@ -109,7 +154,7 @@ def test_a_second_turn_is_asked_on_top_of_the_targets_own_answer(config: Config)
     # One that was interrupted in between goes on with the second.
     (again,) = session.answer(prompt, 3, [first.text])
     assert again.id == "q/2"
-    assert again.answers[BASELINE].token_ids == second.answers[BASELINE].token_ids
+    assert again.answers[BASELINE][0].token_ids == second.answers[BASELINE][0].token_ids
     assert not second.differences
 
 
@@ -133,6 +178,9 @@ def test_prompts_are_spread_over_tasks() -> None:
     assert taken == ["x0", "y0", "z0", "x1", "y1"]
     assert len(select_prompts(prompts, None)) == 7
     assert select_prompts([], 3) == []
+    assert [p.id for p in select_prompts(prompts, 2, ["z", "y"])] == ["y0", "z0"]
+    with pytest.raises(ConfigError, match=r"eval\.tasks: no prompt is of w; there are x, y, z"):
+        select_prompts(prompts, 2, ["w", "x"])
 
 
 def test_a_tasks_prompts_are_spread_over_its_categories() -> None:

@@ -9,10 +9,26 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from core.evaluate.page import PLOTS, lossless, print_table, read_samples, way_rows, write_page
+from core.evaluate.page import (
+    PLOTS,
+    lossless,
+    print_table,
+    read_samples,
+    way_name,
+    way_rows,
+    write_page,
+)
 from core.evaluate.plots import plot_evaluation
-from core.evaluate.speculation import BASELINE, HF_GENERATE, Answer, Difference, PromptResult
-from core.evaluate.summary import CHOSEN, summarize
+from core.evaluate.speculation import (
+    BASELINE,
+    HF_GENERATE,
+    HF_LOOKUP,
+    Answer,
+    Difference,
+    PromptResult,
+)
+from core.evaluate.summary import summarize
+from core.evaluate.ways import CHOSEN, COPIES_ALONE, WITHOUT_COPIES
 
 CALIBRATION = {
     "by_size": {
@@ -23,27 +39,41 @@ CALIBRATION = {
 
 
 def _report(*, rounds: int = 3, calibration: dict[str, Any] | None = CALIBRATION) -> dict[str, Any]:
-    def answer(way: str, size: int) -> Answer:
+    def answer(way: str, size: int) -> tuple[Answer, ...]:
         accepted = (2,) * rounds if size > 1 else (1,) * rounds
         # Two of three rounds accept one token at least, one of these two.
         depths = (0, 1, 2)[:rounds] if size > 1 else (0,) * rounds
-        return Answer(way, (1, 2, 3), 1.0 / size, rounds, accepted, depths, size)
+        # The second repeat finds the machine busy.
+        return tuple(
+            Answer(way, (1, 2, 3), busy / size, rounds, accepted, depths, size)
+            for busy in (1.0, 1.5)
+        )
 
     answers = {
         BASELINE: answer(BASELINE, 1),
         CHOSEN: answer(CHOSEN, 8),
         "tree_60": answer("tree_60", 60),
+        "tree_6": answer("tree_6", 6),
         "untrained_60": answer("untrained_60", 60),
-        HF_GENERATE: Answer(HF_GENERATE, (1, 2, 3), 1.0),
+        HF_GENERATE: tuple(Answer(HF_GENERATE, (1, 2, 3), s) for s in (2.0, 3.0)),
     }
-    result = PromptResult("a/1", "first_turn", 4, "text", answers, {"tree_60": Difference(2, 3e-5)})
+    results = [
+        PromptResult(f"a/{n}", "first_turn", 4, "text", answers, {"tree_60": Difference(2, 3e-5)})
+        for n in range(1, 3)
+    ]
     return {
-        **summarize([result]),
+        **summarize(results, ["tree_60", "tree_6"]),
         "chosen": {"total_tokens": 8, "depth": 2},
         "calibration": calibration,
         "device": "cpu",
         "threads": 2,
-        "settings": {"dtype": "float32", "max_new_tokens": 64, "temperature": 0},
+        "settings": {
+            "dtype": "float32",
+            "max_new_tokens": 64,
+            "temperature": 0,
+            "hf_model": "plain",
+            "hf_lookup_tokens": 4,
+        },
     }
 
 
@@ -65,16 +95,22 @@ def test_rows_have_names_for_people() -> None:
         "autoregressive (baseline)",
         "chosen tree, 8 nodes",
         "tree of 60 nodes",
+        "tree of 6 nodes",
         "untrained head, 60 nodes",
         "HF generate",
     ]
+    report = _report()
+    assert way_name(report, "tree_8_depth_2") == "tree of 8 nodes, depth 2"
+    assert way_name(report, WITHOUT_COPIES) == "chosen tree, without copies"
+    assert way_name(report, COPIES_ALONE) == "copies alone"
+    assert way_name(report, HF_LOOKUP) == "HF prompt lookup, 4 tokens"
 
 
 def test_losslessness_in_words() -> None:
     report = _report()
-    assert lossless(report) == "2/3 and 1 near-ties of the target's own logits"
-    report["overall"].update(lossless_identical=3, lossless_near_tie=0)
-    assert lossless(report) == "3/3"
+    assert lossless(report) == "6/8 and 2 near-ties of the target's own logits"
+    report["overall"].update(lossless_identical=8, lossless_near_tie=0)
+    assert lossless(report) == "8/8"
 
 
 @pytest.mark.parametrize("calibration", [CALIBRATION, None])
@@ -89,12 +125,14 @@ def test_the_page_stands_alone(folder: Path, calibration: dict[str, Any] | None)
         b"\x89PNG of " + name.encode() for _, name, _ in PLOTS
     ]
     assert "http://" not in page and "https://" not in page
-    assert "untrained head, 60 nodes" in page and "2/3 and 1 near-ties" in page.replace(
+    assert "untrained head, 60 nodes" in page and "6/8 and 2 near-ties" in page.replace(
         "&#39;", "'"
     )
     assert "3.0e-05" in page and "640" in page
     by_task = page[page.index("By task and depth") :]
     assert "<td>first_turn</td>" in by_task and "<td>67%</td><td>50%</td>" in by_task
+    assert "8.00× (8.00–8.00)" in by_task and "Against the best fixed setting" in page
+    assert "the model as transformers loads it" in page
     assert ("8 (chosen)" in page) == (calibration is not None)
     assert ("Fixed by the configuration: 8 nodes" in page) == (calibration is None)
 
@@ -120,12 +158,20 @@ def test_what_a_model_wrote_is_shown_and_not_run(folder: Path) -> None:
 def test_the_table_in_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     print_table(_report())
     shown = capsys.readouterr().out
-    assert re.search(r"chosen tree, 8 nodes +│ +1 │ +2\.00 │ +24\.0 │ +8\.00×", shown)
-    assert re.search(r"HF generate +│ +1 │ +– │", shown)
-    assert re.search(r"first_turn │ chosen tree, 8 nodes +│ 2\.00 │ +8\.00× │ 67% │ 50% │", shown)
+    assert "on 2 prompts, cpu, medians of 2 repeats" in shown
+    assert re.search(
+        r"chosen tree, 8 nodes +│ +2 │ +8 │ +2\.00 │ +20\.0 │ +8\.00× \(8\.00–8\.00\) │ +16\.00×",
+        shown,
+    )
+    assert re.search(r"HF generate +│ +2 │ +– │ +– │ +1\.2 │ +0\.50× ", shown)
+    assert re.search(
+        r"first_turn │ chosen tree, 8 nodes +│ 2\.00 │ +8\.00× \S+ │ 67% │ 50% │", shown
+    )
+    assert "over that of the best of 2 fixed settings" in shown
+    assert re.search(r"  overall: 0\.13× \(0\.13–0\.13\) of tree of 60 nodes", shown)
     assert re.search(r"overall +│ chosen tree, 8 nodes", shown)
     assert "repetition rate of the outputs: 0.0%" in shown
-    assert "lossless: 2/3 and 1 near-ties" in shown
+    assert "lossless: 6/8 and 2 near-ties" in shown
     assert "a/1 (tree_60): differs from token 2 on" in shown
 
 
@@ -135,7 +181,9 @@ def test_answers_of_one_token_have_no_accepted_length(
     """Every answer ended with the prompt's own pass."""
     report = _report(rounds=0)
     print_table(report)
-    assert re.search(r"chosen tree, 8 nodes +│ +– │ +8\.00×", capsys.readouterr().out)
+    assert re.search(
+        r"chosen tree, 8 nodes +│ +2 │ +– │ +– │ +20\.0 │ +8\.00×", capsys.readouterr().out
+    )
     assert "chosen tree, 8 nodes" in _write(folder, {"evaluate_draft": report}, [])
     assert all(path.exists() for path in plot_evaluation(report, folder))
 

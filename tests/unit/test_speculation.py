@@ -12,6 +12,7 @@ from core.decode.tree import PLAIN, TreePlan
 from core.evaluate.speculation import (
     BASELINE,
     HF_GENERATE,
+    HF_LOOKUP,
     NEAR_TIE,
     Answer,
     Difference,
@@ -20,7 +21,6 @@ from core.evaluate.speculation import (
     find_difference,
     hf_generate,
     repetition_rate,
-    tree_way,
 )
 from core.models.target import Target
 from tests.heads import OracleHead
@@ -38,7 +38,7 @@ def decoder(tiny_target: Target, tiny_target_folder: Path) -> SpeculativeDecoder
 def test_an_answer_counts_passes_and_tokens(decoder: SpeculativeDecoder) -> None:
     answer = decode(decoder, "tree_16", PROMPT, 20, TreePlan(16, 4, 4))
     assert len(answer.token_ids) == 20 and answer.seconds > 0
-    assert (answer.way, answer.tree_size) == ("tree_16", 16)
+    assert (answer.way, answer.tree_size) == ("tree_16", 16.0)
     # The first token comes from the prompt's pass.
     assert sum(answer.accepted) == 19
     assert answer.rounds == len(answer.accepted) == len(answer.depths) < 19
@@ -54,6 +54,8 @@ def test_all_ways_answer_alike(decoder: SpeculativeDecoder, tiny_target: Target)
     theirs = hf_generate(tiny_target, PROMPT, 12)
     assert theirs.token_ids == plain.token_ids
     assert (theirs.way, theirs.rounds) == (HF_GENERATE, 0)
+    copied = hf_generate(tiny_target, PROMPT, 12, lookup_tokens=3)
+    assert (copied.way, copied.token_ids) == (HF_LOOKUP, plain.token_ids)
 
 
 def _answer(*token_ids: int) -> Answer:
@@ -85,7 +87,12 @@ def test_near_ties_are_those_that_rounding_explains() -> None:
 def test_results_survive_json(decoder: SpeculativeDecoder) -> None:
     answer = decode(decoder, "tree_8", PROMPT, 12, TreePlan(8, 3, 4))
     result = PromptResult(
-        "a/1", "first_turn", 5, "τext", {"tree_8": answer}, {"tree_8": Difference(3, 1e-5)}
+        "a/1",
+        "first_turn",
+        5,
+        "τext",
+        {"tree_8": (answer, answer)},
+        {"tree_8": Difference(3, 1e-5)},
     )
     assert PromptResult.from_dict(json.loads(json.dumps(result.as_dict()))) == result
 
@@ -102,7 +109,3 @@ def test_results_survive_json(decoder: SpeculativeDecoder) -> None:
 )
 def test_repetition_rate(token_ids: list[int], rate: float) -> None:
     assert repetition_rate(token_ids) == pytest.approx(rate)
-
-
-def test_names_of_ways() -> None:
-    assert (tree_way(60), tree_way(60, "untrained")) == ("tree_60", "untrained_60")
