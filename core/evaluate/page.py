@@ -13,13 +13,15 @@ import jinja2
 from rich.console import Console
 from rich.table import Table
 
-from core.evaluate.speculation import BASELINE, HF_GENERATE, HF_LOOKUP
-from core.evaluate.ways import CHOSEN, COPIES_ALONE, WITHOUT_COPIES
+from core.evaluate.batch_summary import batch_rows, batch_table
+from core.evaluate.names import times, way_name
+from core.evaluate.speculation import BASELINE, HF_GENERATE
 from core.paths import write_atomically
 
 TEMPLATE = Path(__file__).with_name("page.html.jinja")
 TERMINAL_WIDTH = 120
 SHOWN_PROMPTS = 6
+SHOWN_DIFFERENCES = 12
 
 # Stage, file in its folder, title.
 PLOTS = (
@@ -32,6 +34,7 @@ PLOTS = (
     ("train_draft", "accepted_length.png", "Held-out accepted length over training"),
     ("evaluate_draft", "acceptance_by_depth.png", "Acceptance by depth"),
     ("evaluate_draft", "speedup_by_task.png", "Speedup by task"),
+    ("evaluate_draft", "throughput.png", "Throughput with several requests at work"),
 )
 
 
@@ -63,7 +66,10 @@ def write_page(
         by_task=by_task,
         depths=depths_shown(by_task),
         best_fixed=best_fixed(evaluation),
-        lossless=lossless(evaluation),
+        lossless=lossless(evaluation["overall"]),
+        batches=[{**row, "lossless": lossless(row)} for row in evaluation.get("batches", ())],
+        batch_rows=batch_rows(evaluation),
+        differences=difference_rows(evaluation),
         reports=reports,
         plots=plots,
         samples=samples,
@@ -95,42 +101,16 @@ def task_rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _shown_row(report: Mapping[str, Any], way: str, row: Mapping[str, Any]) -> dict[str, Any]:
-    tau = row["accepted_length"]
+    tau, speed = row["accepted_length"], row["tokens_per_second"]
     return {
         **row,
         "name": way_name(report, way),
         "tau": "–" if tau is None else f"{tau:.2f}",
         "nodes": "–" if tau is None else f"{row['tree_size']:.3g}",
-        "speed": f"{row['tokens_per_second']:.1f}",
+        "speed": "–" if speed is None else f"{speed:.1f}",
         "gain": times(row, "speedup") if way != BASELINE else "1.00×",
         "over_hf": times(row, "over_hf_generate") if way != HF_GENERATE else "1.00×",
     }
-
-
-def times(row: Mapping[str, Any], name: str) -> str:
-    """A ratio and its interval: `1.34× (1.28–1.41)`."""
-    value, interval = row[name], row[f"{name}_interval"]
-    if value is None:
-        return "–"
-    return f"{value:.2f}×" + (f" ({interval[0]:.2f}–{interval[1]:.2f})" if interval else "")
-
-
-def way_name(report: Mapping[str, Any], way: str) -> str:
-    """For people."""
-    settings = report["settings"]
-    names = {
-        BASELINE: "autoregressive (baseline)",
-        CHOSEN: f"chosen tree, {report['chosen']['total_tokens']} nodes",
-        WITHOUT_COPIES: "chosen tree, without copies",
-        COPIES_ALONE: "copies alone",
-        HF_GENERATE: "HF generate",
-        HF_LOOKUP: f"HF prompt lookup, {settings.get('hf_lookup_tokens')} tokens",
-    }
-    if way in names:
-        return names[way]
-    kind, size, *depth = way.split("_")
-    name = f"{'tree of' if kind == 'tree' else 'untrained head,'} {size} nodes"
-    return name + (f", depth {depth[-1]}" if depth else "")
 
 
 def best_fixed(report: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -153,21 +133,29 @@ def depths_shown(rows: Sequence[Mapping[str, Any]]) -> int:
     return max((len(row["acceptance_by_depth"]) for row in rows), default=0)
 
 
-def lossless(report: Mapping[str, Any]) -> str:
+def lossless(row: Mapping[str, Any]) -> str:
     """`64/64`, or with the near-ties that make up the difference."""
-    row = report["overall"]
     text = f"{row['lossless_identical']}/{row['lossless_total']}"
     if row["lossless_near_tie"]:
         text += f" and {row['lossless_near_tie']} near-ties of the target's own logits"
-    if wrong := losses(report):
+    if wrong := losses(row):
         text += f"; {wrong} DIFFER WITHOUT A NEAR-TIE"
     return text
 
 
-def losses(report: Mapping[str, Any]) -> int:
+def losses(row: Mapping[str, Any]) -> int:
     """Answers that differ from the target's own where its choice was clear."""
-    row = report["overall"]
     return int(row["lossless_total"] - row["lossless_identical"] - row["lossless_near_tie"])
+
+
+def difference_rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """All answers that are not the baseline's, the widest gap first; those of batches too."""
+    found = [{**one, "where": way_name(report, one["way"])} for one in report["differences"]]
+    for row in report.get("batches", ()):
+        for one in row["differences"]:
+            where = f"{way_name(report, one['way'])}, {row['batch_size']} at a time"
+            found.append({**one, "where": where + (", arrivals" if one["arrivals"] else "")})
+    return sorted(found, key=lambda one: -one["gap"])
 
 
 def print_table(report: Mapping[str, Any]) -> None:
@@ -183,6 +171,8 @@ def print_table(report: Mapping[str, Any]) -> None:
         table.add_row(row["name"], str(row["prompts"]), *cells)
     console = Console(width=TERMINAL_WIDTH)
     console.print(table)
+    if untimed := overall["prompts"] - overall["timed_prompts"]:
+        console.print(f"{untimed} prompts were answered on shared devices: their speed is left out")
     console.print(_task_table(report))
     if rows := best_fixed(report):
         console.print(
@@ -192,18 +182,33 @@ def print_table(report: Mapping[str, Any]) -> None:
         for row in rows:
             console.print(f"  {row['task']}: {row['ratio']} of {row['name']}")
     console.print(f"repetition rate of the outputs: {overall['repetition_rate']:.1%}")
-    console.print(f"lossless: {lossless(report)}")
-    for one in report["differences"]:
+    batches = report.get("batches", ())
+    if batches:
+        console.print(batch_table(report))
+    console.print(f"lossless: {lossless(overall)}")
+    for row in batches:
+        of_them = f", {row['arrivals_total']} of them with random arrivals"
+        console.print(f"lossless, {row['batch_size']} at a time: {lossless(row)}{of_them}")
+    _print_differences(console, report)
+
+
+def _print_differences(console: Console, report: Mapping[str, Any]) -> None:
+    rows = difference_rows(report)
+    for one in rows[:SHOWN_DIFFERENCES]:
         console.print(
-            f"  {one['id']} ({one['way']}): differs from token {one['position']} on, where the "
-            f"target's own two best logits are {one['gap']:.1e} apart"
+            f"  {one['id']} ({one['where']}): differs from token {one['position']} on, where the "
+            f"target's own two best logits are {one['gap']:.1e} apart, "
+            f"{one['gap_in_roundings']:.3g} roundings"
         )
-    if losses(report):
+    if len(rows) > SHOWN_DIFFERENCES:
+        console.print(f"  and {len(rows) - SHOWN_DIFFERENCES} with smaller gaps (report.json)")
+    if any(not one["near_tie"] for one in rows):
+        dtype = report["settings"]["dtype"]
         console.print(
             "  in float32 this is an error of Aerie: please report it"
-            if report["settings"]["dtype"] == "float32"
-            else f"  in {report['settings']['dtype']} a tree's pass rounds otherwise than a single "
-            "token's; evaluate with target.dtype=float32 to tell rounding from an error"
+            if dtype == "float32"
+            else f"  in {dtype} a tree's pass rounds otherwise than a single token's; evaluate "
+            "with target.dtype=float32 to tell rounding from an error"
         )
 
 

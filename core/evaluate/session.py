@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 
 from core.config import Config
 from core.data.conversations import Message
@@ -12,6 +13,14 @@ from core.data.template import encode_prompt
 from core.decode.load import load_decoder
 from core.decode.tree import TreePlan
 from core.errors import ConfigError, InputError
+from core.evaluate.batches import (
+    BatchKey,
+    BatchRun,
+    Question,
+    check_batch,
+    run_batch,
+    warm_up_batch,
+)
 from core.evaluate.speculation import (
     BASELINE,
     Answer,
@@ -19,7 +28,7 @@ from core.evaluate.speculation import (
     PromptResult,
     find_difference,
 )
-from core.evaluate.ways import FOREIGN, Ways
+from core.evaluate.ways import CHOSEN, FOREIGN, Ways, rotated
 from core.models.target import Target
 
 WARM_UP_TOKENS = 8
@@ -57,6 +66,7 @@ class EvaluationSession:
             InputError: one does not; the message names it.
         """
         settings = self.config.eval
+        longest: list[Sequence[int]] = []
         # The tree that leaves least room decides.
         plan = min(self.ways.plans(), key=self.decoder.longest)
         for prompt in prompts:
@@ -68,6 +78,17 @@ class EvaluationSession:
                 self.decoder.check_fits(prompt_ids, settings.max_new_tokens * turns, plan)
             except InputError as error:
                 raise InputError(f"prompt {prompt.id}: {error}") from error
+            # As long as its last turn may get, the question of which knows no tokens yet.
+            longest.append([*prompt_ids, *prompt_ids[:1] * settings.max_new_tokens * (turns - 1)])
+        self._check_batches(longest)
+
+    def _check_batches(self, prompts: Sequence[Sequence[int]]) -> None:
+        if self.config.eval.batch_sizes:
+            most = max(self.config.eval.batch_sizes)
+            by_length = sorted(prompts, key=len, reverse=True)
+            together = list(itertools.islice(itertools.cycle(by_length), most))
+            for way in self.ways.batched:
+                check_batch(way, together, self.config.eval.max_new_tokens)
 
     def answer(self, prompt: Prompt, turn: int, said: Sequence[str] = ()) -> Iterator[PromptResult]:
         """Answer one prompt in every way, turn by turn, as far as `eval.turns` goes.
@@ -105,6 +126,53 @@ class EvaluationSession:
             differences=_differences(target, prompt_ids, answers),
         )
 
+    def questions(
+        self, prompts: Sequence[Prompt], results: Mapping[str, PromptResult]
+    ) -> list[Question]:
+        """What is asked in batches: every turn of the prompts, after the baseline's answers."""
+        found = []
+        for prompt in prompts:
+            names = prompt.ids(self.config.eval.turns)
+            said = [results[name].text for name in names]
+            for turn, name in enumerate(names):
+                messages = prompt.after(said[:turn])
+                prompt_ids = encode_prompt(self.decoder.target.tokenizer, messages)
+                wanted = results[name].answers[BASELINE][0].token_ids
+                found.append(Question(name, tuple(prompt_ids), wanted))
+        return found
+
+    def run_batches(
+        self, questions: Sequence[Question], done: Collection[BatchKey]
+    ) -> Iterator[BatchRun]:
+        """Every way at every batch size, once a repeat, in turn; and one run with arrivals.
+
+        Args:
+            questions: at least one.
+            done: runs that are left out.
+        """
+        settings = self.config.eval
+        for batch_size in settings.batch_sizes:
+            run = partial(
+                run_batch,
+                questions=questions,
+                batch_size=batch_size,
+                max_new_tokens=settings.max_new_tokens,
+            )
+            todo = [
+                (way, repeat)
+                for repeat in range(settings.repeats)
+                for way in rotated(self.ways.batched, repeat)
+                if (batch_size, repeat, way.name, 0.0) not in done
+            ]
+            if todo:
+                warm_up_batch(todo[0][0], questions, batch_size)
+            for way, repeat in todo:
+                yield run(way, repeat=repeat)
+            if settings.arrivals:
+                chosen = next(way for way in self.ways.batched if way.name == CHOSEN)
+                if (batch_size, 0, CHOSEN, settings.arrivals) not in done:
+                    yield run(chosen, arrivals=settings.arrivals)
+
     def _warm_up(self) -> None:
         """The first passes of a process are several times slower than the later ones."""
         prompt_ids = [token % self.decoder.target.vocab_size for token in range(1, 33)]
@@ -114,23 +182,20 @@ class EvaluationSession:
 
 def _in_turn(ways: Mapping[str, Callable[[], Answer]], turn: int) -> dict[str, Answer]:
     """Run the ways one after the other, starting with another one at each turn."""
-    order = list(ways)
-    start = turn % len(order)
-    return {way: ways[way]() for way in (*order[start:], *order[:start])}
+    return {way: ways[way]() for way in rotated(list(ways), turn)}
 
 
 def _differences(
     target: Target, prompt_ids: Sequence[int], answers: Mapping[str, Sequence[Answer]]
 ) -> dict[str, Difference]:
     """Where Aerie's ways leave the baseline's first answer, the baseline's repeats among them."""
-    wanted = answers[BASELINE][0]
-    found = {}
+    wanted = answers[BASELINE][0].token_ids
+    found: dict[str, Difference] = {}
     for way, repeats in answers.items():
-        if way in FOREIGN:
-            continue
-        other = next((one for one in repeats if one.token_ids != wanted.token_ids), None)
-        if other is not None and (place := find_difference(target, prompt_ids, wanted, other)):
-            found[way] = place
+        for got in repeats if way not in FOREIGN else ():
+            place = find_difference(target, prompt_ids, wanted, got.token_ids)
+            if place is not None:
+                found.setdefault(way, place)
     return found
 
 

@@ -6,10 +6,11 @@ that changes with each prompt, so that a machine that slows down slows all of th
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ class Answer:
     Attributes:
         way: a name of `core.evaluate.ways`.
         token_ids: generated tokens.
-        seconds: of the whole generation, prompt included.
+        seconds: of the whole generation, prompt included; None where others used the device too.
         rounds: target passes after the prompt's; 0 where they are not counted.
         accepted: tokens committed by each of those passes, bonus token included.
         depths: for each such pass, drafted tokens that verification accepted (uncut).
@@ -41,7 +42,7 @@ class Answer:
 
     way: str
     token_ids: tuple[int, ...]
-    seconds: float
+    seconds: float | None
     rounds: int = 0
     accepted: tuple[int, ...] = ()
     depths: tuple[int, ...] = ()
@@ -55,10 +56,12 @@ class Difference:
     Attributes:
         position: index of the first different token.
         gap: difference of the target's own two largest logits there.
+        roundings: the same in units of what the target's dtype can tell apart at that size.
     """
 
     position: int
     gap: float
+    roundings: float
 
     @property
     def near_tie(self) -> bool:
@@ -83,6 +86,19 @@ class PromptResult:
     answers: dict[str, tuple[Answer, ...]] = field(default_factory=dict)
     differences: dict[str, Difference] = field(default_factory=dict)
     category: str | None = None
+
+    @property
+    def timed(self) -> bool:
+        """Whether its seconds count."""
+        return all(one.seconds is not None for found in self.answers.values() for one in found)
+
+    def untimed(self) -> PromptResult:
+        """The same without seconds."""
+        answers = {
+            way: tuple(replace(one, seconds=None) for one in found)
+            for way, found in self.answers.items()
+        }
+        return replace(self, answers=answers)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -159,19 +175,19 @@ def hf_generate(
 
 
 def find_difference(
-    target: Target, prompt_ids: Sequence[int], baseline: Answer, answer: Answer
+    target: Target, prompt_ids: Sequence[int], wanted: Sequence[int], got: Sequence[int]
 ) -> Difference | None:
-    """Compare an answer with the baseline's; None where they are identical."""
-    mine, wanted = answer.token_ids, baseline.token_ids
-    if mine == wanted:
+    """Compare an answer's tokens with the baseline's; None where they are identical."""
+    if list(got) == list(wanted):
         return None
     same = 0
-    while same < min(len(mine), len(wanted)) and mine[same] == wanted[same]:
+    while same < min(len(got), len(wanted)) and got[same] == wanted[same]:
         same += 1
     ids_1T = torch.tensor([[*prompt_ids, *wanted[:same]]])
     logits_V = target.logits(target.features(ids_1T)[0, -1:])[0].float()
     first, second = logits_V.topk(2).values.tolist()
-    return Difference(same, first - second)
+    step = torch.finfo(target.dtype).eps * 2.0 ** math.floor(math.log2(max(abs(first), 1e-30)))
+    return Difference(same, first - second, (first - second) / step)
 
 
 def repetition_rate(token_ids: Sequence[int]) -> float:

@@ -11,6 +11,7 @@ from core.evaluate.speculation import (
     BASELINE,
     HF_GENERATE,
     Answer,
+    Difference,
     PromptResult,
     repetition_rate,
 )
@@ -32,10 +33,20 @@ def summarize(results: Sequence[PromptResult], fixed: Sequence[str] = ()) -> dic
         "tasks": {task: _row(members, fixed) for task, members in rows.items()},
         "overall": _row(results, fixed),
         "differences": [
-            {"id": r.id, "way": way, "position": d.position, "gap": d.gap, "near_tie": d.near_tie}
+            {"id": r.id, "way": way, **difference_figures(d)}
             for r in results
             for way, d in r.differences.items()
         ],
+    }
+
+
+def difference_figures(difference: Difference) -> dict[str, Any]:
+    """Where an answer left the baseline's, and how close the target's own choice was there."""
+    return {
+        "position": difference.position,
+        "gap": difference.gap,
+        "gap_in_roundings": difference.roundings,
+        "near_tie": difference.near_tie,
     }
 
 
@@ -49,6 +60,7 @@ def _row(results: Sequence[PromptResult], fixed: Sequence[str]) -> dict[str, Any
     differing = [r.differences[way] for r, way in compared if way in r.differences]
     return {
         "prompts": len(results),
+        "timed_prompts": sum(r.timed for r in results),
         "repeats": max(len(r.answers[BASELINE]) for r in results),
         "tokens_per_second": chosen["tokens_per_second"],
         "baseline_tokens_per_second": ways[BASELINE]["tokens_per_second"],
@@ -76,7 +88,7 @@ def _way(way: str, results: Sequence[PromptResult]) -> dict[str, Any]:
     return {
         "prompts": len(members),
         "tree_size": mean_tree_size(answers),
-        "tokens_per_second": timings(way, members).speed(),
+        "tokens_per_second": _speed(way, members),
         **_ratio("speedup", way, BASELINE, members),
         **_ratio("over_hf_generate", way, HF_GENERATE, members),
         "accepted_length": accepted_length(answers),
@@ -85,13 +97,20 @@ def _way(way: str, results: Sequence[PromptResult]) -> dict[str, Any]:
 
 
 def timings(way: str, results: Sequence[PromptResult]) -> Timings:
-    """Tokens and seconds of a way, the prompts' passes included."""
-    return Timings.of([[(len(a.token_ids), a.seconds) for a in r.answers[way]] for r in results])
+    """Tokens and seconds of a way on prompts that were timed, the prompts' passes included."""
+    return Timings.of(
+        [[(len(a.token_ids), a.seconds or 0.0) for a in r.answers[way]] for r in results]
+    )
+
+
+def _speed(way: str, results: Sequence[PromptResult]) -> float | None:
+    timed = [r for r in results if r.timed]
+    return timings(way, timed).speed() if timed else None
 
 
 def _ratio(name: str, of: str, to: str, results: Sequence[PromptResult]) -> dict[str, Any]:
     """A ratio of speeds on the prompts that both answered, and its interval; None without any."""
-    both = [r for r in results if of in r.answers and to in r.answers]
+    both = [r for r in results if r.timed and of in r.answers and to in r.answers]
     if not both:
         return {name: None, f"{name}_interval": None}
     ratio = speed_ratio(timings(of, both), timings(to, both))
@@ -106,7 +125,8 @@ def against_best_fixed(
     The best is picked on every second prompt and compared on the others: picked on the same
     prompts, the best of many would owe some of its lead to chance.
     """
-    picked_on, compared_on = results[::2], results[1::2]
+    timed = [result for result in results if result.timed]
+    picked_on, compared_on = timed[::2], timed[1::2]
     if not compared_on or len(fixed) < 2:
         return None
     best = max(fixed, key=lambda way: timings(way, picked_on).speed())

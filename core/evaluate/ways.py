@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
 from core.config import Config, EvalConfig
 from core.decode.engine import SpeculativeDecoder
@@ -26,6 +27,7 @@ from core.evaluate.speculation import (
 from core.models.packed import PackedLinear
 from core.models.target import Target, load_target
 
+T = TypeVar("T")
 CHOSEN = "chosen"
 WITHOUT_COPIES = "without_copies"
 COPIES_ALONE = "copies_alone"
@@ -58,6 +60,12 @@ def untrained_way(total_tokens: int) -> str:
     return f"untrained_{total_tokens}"
 
 
+def rotated(ways: Sequence[T], turn: int) -> list[T]:
+    """All of them, beginning with another one each turn."""
+    start = turn % len(ways)
+    return [*ways[start:], *ways[:start]]
+
+
 def fixed_plans(config: Config) -> dict[str, TreePlan]:
     """The fixed settings that are measured, by the names of their ways."""
     top_k = config.decode.top_k
@@ -80,6 +88,7 @@ class Ways:
 
     Attributes:
         fixed: the fixed settings among them.
+        batched: those that are measured with several requests at a time.
     """
 
     def __init__(self, config: Config, loaded: LoadedDecoder, num_threads: int | None) -> None:
@@ -100,6 +109,7 @@ class Ways:
             *self.fixed,
             *_untrained(config, decoder),
         ]
+        self.batched = [*self.aeries[:2], *self.fixed]
         self.outside = None
         if self.settings.hf_generate_prompts:
             self.outside = _outside(config, decoder.target, num_threads)

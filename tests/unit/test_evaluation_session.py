@@ -104,6 +104,42 @@ def test_copies_depths_and_repeats_are_ways_of_their_own(config: Config) -> None
     assert report["against_best_fixed"]["way"] in fixed
 
 
+def test_batches_ask_what_was_asked_alone(config: Config) -> None:
+    config = config.replace(
+        eval={"batch_sizes": [1, 3], "repeats": 2, "untrained_prompts": 0, "arrivals": 2.0}
+    )
+    session = EvaluationSession(config, 1, None)
+    prompts = [
+        _prompt("a", "x"),
+        Prompt("q", "y", (Message("user", "who are you?"),), ("and now?",)),
+    ]
+    session.check_prompts(prompts)
+    results = {r.id: r for turn, prompt in enumerate(prompts) for r in session.answer(prompt, turn)}
+    questions = session.questions(prompts, results)
+    assert [one.id for one in questions] == ["a", "q/1", "q/2"]
+    assert [len(one.prompt_ids) for one in questions] == [r.prompt_tokens for r in results.values()]
+    runs = list(session.run_batches(questions, ()))
+    ways = [BASELINE, CHOSEN, "tree_12"]
+    turned = [*ways, *ways[1:], ways[0]]
+    assert [run.key for run in runs] == [
+        key
+        for size in (1, 3)
+        for key in [
+            *((size, n // 3, way, 0.0) for n, way in enumerate(turned)), (size, 0, CHOSEN, 2.0),
+        ]
+    ]  # fmt: skip
+    assert not any(run.differences for run in runs)
+    assert sum(run.answers for run in runs) == 7 * 3 + 7 * 6
+    done = {run.key for run in runs[:6]}
+    assert [run.key for run in session.run_batches(questions, done)] == [r.key for r in runs[6:]]
+
+
+def test_batches_that_the_cache_cannot_hold_are_named_before_any_prompt(config: Config) -> None:
+    config = config.replace(decode={"cache_tokens": 200}, eval={"batch_sizes": [2, 6]})
+    with pytest.raises(InputError, match=r"of 6 requests .* decode\.cache_tokens=200"):
+        EvaluationSession(config, 1, None).check_prompts([_prompt("a", "x")])
+
+
 @pytest.mark.parametrize(("hf_model", "same"), [("plain", False), ("packed", True)])
 def test_hf_generates_with_a_model_of_its_own_unless_told_otherwise(
     config: Config, hf_model: str, same: bool

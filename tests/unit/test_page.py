@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from core.evaluate.batch_summary import summarize_batches
+from core.evaluate.batches import BatchDifference, BatchRun
+from core.evaluate.names import way_name
 from core.evaluate.page import (
     PLOTS,
     lossless,
     print_table,
     read_samples,
-    way_name,
     way_rows,
     write_page,
 )
@@ -38,7 +40,9 @@ CALIBRATION = {
 }
 
 
-def _report(*, rounds: int = 3, calibration: dict[str, Any] | None = CALIBRATION) -> dict[str, Any]:
+def _report(
+    *, rounds: int = 3, calibration: dict[str, Any] | None = CALIBRATION, timed: bool = True
+) -> dict[str, Any]:
     def answer(way: str, size: int) -> tuple[Answer, ...]:
         accepted = (2,) * rounds if size > 1 else (1,) * rounds
         # Two of three rounds accept one token at least, one of these two.
@@ -58,10 +62,24 @@ def _report(*, rounds: int = 3, calibration: dict[str, Any] | None = CALIBRATION
         HF_GENERATE: tuple(Answer(HF_GENERATE, (1, 2, 3), s) for s in (2.0, 3.0)),
     }
     results = [
-        PromptResult(f"a/{n}", "first_turn", 4, "text", answers, {"tree_60": Difference(2, 3e-5)})
+        PromptResult(
+            f"a/{n}", "first_turn", 4, "text", answers, {"tree_60": Difference(2, 3e-5, 4.0)}
+        )
         for n in range(1, 3)
     ]
+    results = results if timed else [result.untimed() for result in results]
+    runs = [
+        BatchRun(
+            size, repeat, way, 0.0, ((10, seconds), (20, 2 * seconds)), 10, 10 * nodes, 15, 4, ()
+        )
+        for size in (1, 4)
+        for repeat in range(2)
+        for way, nodes, seconds in ((BASELINE, 1, 1.0), (CHOSEN, 7, 0.5), ("tree_60", 60, 2.0))
+    ]
+    near = BatchDifference(5, 2e-5, 3.0, id="a/2")
+    runs.append(BatchRun(4, 0, CHOSEN, 3.0, (), 10, 70, 15, 4, (near,)))
     return {
+        "batches": summarize_batches(runs),
         **summarize(results, ["tree_60", "tree_6"]),
         "chosen": {"total_tokens": 8, "depth": 2},
         "calibration": calibration,
@@ -108,9 +126,9 @@ def test_rows_have_names_for_people() -> None:
 
 def test_losslessness_in_words() -> None:
     report = _report()
-    assert lossless(report) == "6/8 and 2 near-ties of the target's own logits"
+    assert lossless(report["overall"]) == "6/8 and 2 near-ties of the target's own logits"
     report["overall"].update(lossless_identical=8, lossless_near_tie=0)
-    assert lossless(report) == "8/8"
+    assert lossless(report["overall"]) == "8/8"
 
 
 @pytest.mark.parametrize("calibration", [CALIBRATION, None])
@@ -140,7 +158,7 @@ def test_the_page_stands_alone(folder: Path, calibration: dict[str, Any] | None)
 def test_an_evaluation_alone_has_a_page_too(folder: Path) -> None:
     plots = {"evaluate_draft": folder / "evaluate_draft"}
     page = write_page(folder / "page.html", plots, {"evaluate_draft": _report()}, []).read_text()
-    assert page.count("data:image/png") == 2 and "Speedup by task" in page
+    assert page.count("data:image/png") == 3 and "Speedup by task" in page
 
 
 def test_what_a_model_wrote_is_shown_and_not_run(folder: Path) -> None:
@@ -172,7 +190,26 @@ def test_the_table_in_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     assert re.search(r"overall +│ chosen tree, 8 nodes", shown)
     assert "repetition rate of the outputs: 0.0%" in shown
     assert "lossless: 6/8 and 2 near-ties" in shown
-    assert "a/1 (tree_60): differs from token 2 on" in shown
+    assert "a/1 (tree of 60 nodes): differs from token 2 on" in shown
+    assert "a/2 (chosen tree, 8 nodes, 4 at a time, arrivals): differs from token 5" in shown
+    assert re.search(r" 4 │ autoregressive +│ +1 │ +1\.50 │ +10\.0 │ +1\.00×", shown)
+    assert re.search(
+        r"chosen tree, 8 nodes +│ +7 │ +1\.50 │ +20\.0 │ 2\.00× \(2\.00–2\.00\)", shown
+    )
+    assert "lossless, 4 at a time: 27/28 and 1 near-ties" in shown
+    assert "4 of them with random arrivals" in shown
+
+
+def test_what_shared_a_device_has_no_speed_to_show(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = _report(timed=False)
+    print_table(report)
+    shown = capsys.readouterr().out
+    assert re.search(r"chosen tree, 8 nodes +│ +2 │ +8 │ +2\.00 │ +– │ +– │", shown)
+    assert "2 prompts were answered on shared devices" in shown
+    assert "their speed is left out" in _write(folder, {"evaluate_draft": report}, [])
+    assert "speedup_by_task.png" not in {path.name for path in plot_evaluation(report, folder)}
 
 
 def test_answers_of_one_token_have_no_accepted_length(

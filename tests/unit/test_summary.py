@@ -39,7 +39,7 @@ SECOND = PromptResult(
         CHOSEN: (_answer(CHOSEN, 20, 3.0, (10, 9), (9, 8), 8),),
         "tree_60": (_answer("tree_60", 20, 4.0, (10, 9), (9, 8), 60),),
     },
-    {CHOSEN: Difference(4, 1e-5), "tree_60": Difference(3, 0.5)},
+    {CHOSEN: Difference(4, 1e-5, 20.0), "tree_60": Difference(3, 0.5, 1e6)},
 )
 
 
@@ -60,6 +60,17 @@ def test_figures_are_medians_of_ratios_within_a_repeat() -> None:
     assert ways[CHOSEN]["over_hf_generate"] == 4
     assert ways[BASELINE]["over_hf_generate"] == 2
     assert ways[HF_GENERATE]["speedup"] == 0.5
+
+
+def test_what_was_answered_on_a_shared_device_counts_but_for_its_speed() -> None:
+    overall = summarize([FIRST, SECOND.untimed()])["overall"]
+    assert (overall["prompts"], overall["timed_prompts"]) == (2, 1)
+    assert overall["speedup"] == 2 and overall["accepted_length"] == 28 / 5
+    assert overall["lossless_total"] == 4
+    nothing = summarize([FIRST.untimed(), SECOND.untimed()], ["tree_60", CHOSEN])["overall"]
+    for figure in ("speedup", "speedup_interval", "tokens_per_second", "against_best_fixed"):
+        assert nothing[figure] is None
+    assert nothing["baseline_tokens_per_second"] is None
 
 
 def test_the_best_fixed_setting_is_picked_on_other_prompts() -> None:
@@ -123,8 +134,22 @@ def test_losslessness_counts_every_answer_of_ours() -> None:
     assert overall["lossless_total"] == 4, "neither the baseline itself nor HF's"
     assert (overall["lossless_identical"], overall["lossless_near_tie"]) == (2, 1)
     assert report["differences"] == [
-        {"id": "b", "way": CHOSEN, "position": 4, "gap": 1e-5, "near_tie": True},
-        {"id": "b", "way": "tree_60", "position": 3, "gap": 0.5, "near_tie": False},
+        {
+            "id": "b",
+            "way": CHOSEN,
+            "position": 4,
+            "gap": 1e-5,
+            "gap_in_roundings": 20.0,
+            "near_tie": True,
+        },
+        {
+            "id": "b",
+            "way": "tree_60",
+            "position": 3,
+            "gap": 0.5,
+            "gap_in_roundings": 1e6,
+            "near_tie": False,
+        },
     ]
 
 
@@ -142,6 +167,7 @@ def test_keys_are_stable() -> None:
     assert set(report) == {"tasks", "overall", "differences"}
     assert set(report["overall"]) == {
         "prompts",
+        "timed_prompts",
         "repeats",
         "tokens_per_second",
         "baseline_tokens_per_second",

@@ -9,6 +9,7 @@ from pydantic import Field
 from core.config.base import Section, field, setting
 
 TreeSize = Annotated[int, Field(ge=1)]
+BatchSize = Annotated[int, Field(ge=1)]
 Depth = Annotated[int, Field(ge=0, le=16)]
 
 
@@ -67,6 +68,23 @@ class EvalConfig(Section):
         "plain",
         "what HF generates with: plain is the model as transformers loads it (a second one in "
         "memory where target.pack_linear packs), packed the one that Aerie decodes with",
+    )
+    batch_sizes: tuple[BatchSize, ...] = field(
+        (),
+        "requests at work at a time: at each of these, throughput is measured in a closed loop for "
+        "plain decoding, the chosen tree and the fixed ones; none of all leaves it out",
+    )
+    arrivals: float = field(
+        4.0,
+        "at each of these batch sizes, mean rounds between two requests of one more run, which "
+        "checks that answers stay the same when requests come at random; 0 leaves it out",
+        ge=0,
+    )
+    num_replicas: int = field(
+        1,
+        "most processes that answer prompts; those that share a node's CPUs, or a GPU, leave speed "
+        "out",
+        ge=1,
     )
     cpus: float = field(2.0, "CPUs of the evaluating process; also its threads", gt=0)
     gpus: float = field(0.0, "GPUs of the evaluating process", ge=0)
