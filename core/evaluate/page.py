@@ -13,13 +13,15 @@ import jinja2
 from rich.console import Console
 from rich.table import Table
 
+from core.evaluate.batch_summary import batch_rows, batch_table
+from core.evaluate.names import times, way_name
 from core.evaluate.speculation import BASELINE, HF_GENERATE
-from core.evaluate.summary import CHOSEN
 from core.paths import write_atomically
 
 TEMPLATE = Path(__file__).with_name("page.html.jinja")
 TERMINAL_WIDTH = 120
 SHOWN_PROMPTS = 6
+SHOWN_DIFFERENCES = 12
 
 # Stage, file in its folder, title.
 PLOTS = (
@@ -32,6 +34,7 @@ PLOTS = (
     ("train_draft", "accepted_length.png", "Held-out accepted length over training"),
     ("evaluate_draft", "acceptance_by_depth.png", "Acceptance by depth"),
     ("evaluate_draft", "speedup_by_task.png", "Speedup by task"),
+    ("evaluate_draft", "throughput.png", "Throughput with several requests at work"),
 )
 
 
@@ -62,7 +65,11 @@ def write_page(
         ways=way_rows(evaluation),
         by_task=by_task,
         depths=depths_shown(by_task),
-        lossless=lossless(evaluation),
+        best_fixed=best_fixed(evaluation),
+        lossless=lossless(evaluation["overall"]),
+        batches=[{**row, "lossless": lossless(row)} for row in evaluation.get("batches", ())],
+        batch_rows=batch_rows(evaluation),
+        differences=difference_rows(evaluation),
         reports=reports,
         plots=plots,
         samples=samples,
@@ -78,30 +85,47 @@ def read_samples(evaluation: Path) -> list[dict[str, Any]]:
 
 
 def way_rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A row for each way of decoding: name, nodes, prompts, τ, tokens/s, speedup."""
+    """A row for each way of decoding: its name, and the figures as they are shown."""
     ways = report["overall"]["ways"].items()
-    return [{"name": _name(report, way), **row} for way, row in ways]
+    return [_shown_row(report, way, row) for way, row in ways]
 
 
 def task_rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Such a row for each task and way; the baseline is 1 in all of them by definition."""
     return [
-        {"task": task, "name": _name(report, way), **row}
+        {"task": task, **_shown_row(report, way, row)}
         for task, figures in {**report["tasks"], "overall": report["overall"]}.items()
         for way, row in figures["ways"].items()
         if way != BASELINE
     ]
 
 
-def _name(report: Mapping[str, Any], way: str) -> str:
-    names = {
-        BASELINE: "autoregressive (baseline)",
-        CHOSEN: f"chosen tree, {report['chosen']['total_tokens']} nodes",
-        HF_GENERATE: "HF generate",
+def _shown_row(report: Mapping[str, Any], way: str, row: Mapping[str, Any]) -> dict[str, Any]:
+    tau, speed = row["accepted_length"], row["tokens_per_second"]
+    return {
+        **row,
+        "name": way_name(report, way),
+        "tau": "–" if tau is None else f"{tau:.2f}",
+        "nodes": "–" if tau is None else f"{row['tree_size']:.3g}",
+        "speed": "–" if speed is None else f"{speed:.1f}",
+        "gain": times(row, "speedup") if way != BASELINE else "1.00×",
+        "over_hf": times(row, "over_hf_generate") if way != HF_GENERATE else "1.00×",
     }
-    kind, _, size = way.rpartition("_")
-    fallback = f"{'tree of' if kind == 'tree' else 'untrained head,'} {size} nodes"
-    return names.get(way, fallback)
+
+
+def best_fixed(report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """By task: the chosen tree's speed over the best fixed setting's, where several are there."""
+    rows = {**report["tasks"], "overall": report["overall"]}
+    return [
+        {
+            "task": task,
+            "name": way_name(report, found["way"]),
+            "of": found["of"],
+            "ratio": times(found, "ratio"),
+        }
+        for task, row in rows.items()
+        if (found := row["against_best_fixed"])
+    ]
 
 
 def depths_shown(rows: Sequence[Mapping[str, Any]]) -> int:
@@ -109,53 +133,82 @@ def depths_shown(rows: Sequence[Mapping[str, Any]]) -> int:
     return max((len(row["acceptance_by_depth"]) for row in rows), default=0)
 
 
-def lossless(report: Mapping[str, Any]) -> str:
+def lossless(row: Mapping[str, Any]) -> str:
     """`64/64`, or with the near-ties that make up the difference."""
-    row = report["overall"]
     text = f"{row['lossless_identical']}/{row['lossless_total']}"
     if row["lossless_near_tie"]:
         text += f" and {row['lossless_near_tie']} near-ties of the target's own logits"
-    if wrong := losses(report):
+    if wrong := losses(row):
         text += f"; {wrong} DIFFER WITHOUT A NEAR-TIE"
     return text
 
 
-def losses(report: Mapping[str, Any]) -> int:
+def losses(row: Mapping[str, Any]) -> int:
     """Answers that differ from the target's own where its choice was clear."""
-    row = report["overall"]
     return int(row["lossless_total"] - row["lossless_identical"] - row["lossless_near_tie"])
+
+
+def difference_rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """All answers that are not the baseline's, the widest gap first; those of batches too."""
+    found = [{**one, "where": way_name(report, one["way"])} for one in report["differences"]]
+    for row in report.get("batches", ()):
+        for one in row["differences"]:
+            where = f"{way_name(report, one['way'])}, {row['batch_size']} at a time"
+            found.append({**one, "where": where + (", arrivals" if one["arrivals"] else "")})
+    return sorted(found, key=lambda one: -one["gap"])
 
 
 def print_table(report: Mapping[str, Any]) -> None:
     """The evaluation's result on standard output."""
     overall = report["overall"]
-    table = Table(title=f"Evaluation on {overall['prompts']} prompts, {report['device']}")
-    for heading in ("way", "prompts", "τ", "tokens/s", "speedup"):
+    repeats = overall["repeats"]
+    title = f"Evaluation on {overall['prompts']} prompts, {report['device']}"
+    table = Table(title=title + (f", medians of {repeats} repeats" if repeats > 1 else ""))
+    for heading in ("way", "prompts", "nodes", "τ", "tokens/s", "speedup (95%)", "× HF generate"):
         table.add_column(heading, justify="left" if heading == "way" else "right")
     for row in way_rows(report):
-        table.add_row(
-            row["name"],
-            str(row["prompts"]),
-            _tau(row),
-            f"{row['tokens_per_second']:.1f}",
-            f"{row['speedup']:.2f}×",
-        )
+        cells = (row[key] for key in ("nodes", "tau", "speed", "gain", "over_hf"))
+        table.add_row(row["name"], str(row["prompts"]), *cells)
     console = Console(width=TERMINAL_WIDTH)
     console.print(table)
+    if untimed := overall["prompts"] - overall["timed_prompts"]:
+        console.print(f"{untimed} prompts were answered on shared devices: their speed is left out")
     console.print(_task_table(report))
-    console.print(f"repetition rate of the outputs: {overall['repetition_rate']:.1%}")
-    console.print(f"lossless: {lossless(report)}")
-    for one in report["differences"]:
+    if rows := best_fixed(report):
         console.print(
-            f"  {one['id']} ({one['way']}): differs from token {one['position']} on, where the "
-            f"target's own two best logits are {one['gap']:.1e} apart"
+            f"the chosen tree's speed over that of the best of {rows[0]['of']} fixed settings, "
+            "which is picked on the other half of the prompts:"
         )
-    if losses(report):
+        for row in rows:
+            console.print(f"  {row['task']}: {row['ratio']} of {row['name']}")
+    console.print(f"repetition rate of the outputs: {overall['repetition_rate']:.1%}")
+    batches = report.get("batches", ())
+    if batches:
+        console.print(batch_table(report))
+    console.print(f"lossless: {lossless(overall)}")
+    for row in batches:
+        of_them = f", {row['arrivals_total']} of them with random arrivals"
+        console.print(f"lossless, {row['batch_size']} at a time: {lossless(row)}{of_them}")
+    _print_differences(console, report)
+
+
+def _print_differences(console: Console, report: Mapping[str, Any]) -> None:
+    rows = difference_rows(report)
+    for one in rows[:SHOWN_DIFFERENCES]:
+        console.print(
+            f"  {one['id']} ({one['where']}): differs from token {one['position']} on, where the "
+            f"target's own two best logits are {one['gap']:.1e} apart, "
+            f"{one['gap_in_roundings']:.3g} roundings"
+        )
+    if len(rows) > SHOWN_DIFFERENCES:
+        console.print(f"  and {len(rows) - SHOWN_DIFFERENCES} with smaller gaps (report.json)")
+    if any(not one["near_tie"] for one in rows):
+        dtype = report["settings"]["dtype"]
         console.print(
             "  in float32 this is an error of Aerie: please report it"
-            if report["settings"]["dtype"] == "float32"
-            else f"  in {report['settings']['dtype']} a tree's pass rounds otherwise than a single "
-            "token's; evaluate with target.dtype=float32 to tell rounding from an error"
+            if dtype == "float32"
+            else f"  in {dtype} a tree's pass rounds otherwise than a single token's; evaluate "
+            "with target.dtype=float32 to tell rounding from an error"
         )
 
 
@@ -172,9 +225,5 @@ def _task_table(report: Mapping[str, Any]) -> Table:
             table.add_section()
         before = row["task"]
         shares = [f"{100 * share:.0f}%" for share in row["acceptance_by_depth"]]
-        table.add_row(task, row["name"], _tau(row), f"{row['speedup']:.2f}×", *shares)
+        table.add_row(task, row["name"], row["tau"], row["gain"], *shares)
     return table
-
-
-def _tau(row: Mapping[str, Any]) -> str:
-    return "–" if row["accepted_length"] is None else f"{row['accepted_length']:.2f}"

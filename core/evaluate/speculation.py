@@ -6,9 +6,11 @@ that changes with each prompt, so that a machine that slows down slows all of th
 
 from __future__ import annotations
 
+import math
+import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ NEAR_TIE = 1e-4
 REPETITION_NGRAM = 4
 BASELINE = "autoregressive"
 HF_GENERATE = "hf_generate"
+HF_LOOKUP = "hf_prompt_lookup"
 
 
 @dataclass(frozen=True)
@@ -28,22 +31,22 @@ class Answer:
     """One way's answer to one prompt.
 
     Attributes:
-        way: `autoregressive`, `chosen`, `tree_60`, `untrained_60`, or `hf_generate`.
+        way: a name of `core.evaluate.ways`.
         token_ids: generated tokens.
-        seconds: of the whole generation, prompt included.
+        seconds: of the whole generation, prompt included; None where others used the device too.
         rounds: target passes after the prompt's; 0 where they are not counted.
         accepted: tokens committed by each of those passes, bonus token included.
         depths: for each such pass, drafted tokens that verification accepted (uncut).
-        tree_size: nodes a pass.
+        tree_size: nodes a pass, on average; it may be up to a policy, or to what can be copied.
     """
 
     way: str
     token_ids: tuple[int, ...]
-    seconds: float
+    seconds: float | None
     rounds: int = 0
     accepted: tuple[int, ...] = ()
     depths: tuple[int, ...] = ()
-    tree_size: int = 1
+    tree_size: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -53,10 +56,12 @@ class Difference:
     Attributes:
         position: index of the first different token.
         gap: difference of the target's own two largest logits there.
+        roundings: the same in units of what the target's dtype can tell apart at that size.
     """
 
     position: int
     gap: float
+    roundings: float
 
     @property
     def near_tie(self) -> bool:
@@ -66,15 +71,34 @@ class Difference:
 
 @dataclass
 class PromptResult:
-    """All answers to one turn of a prompt; a line of `outputs.jsonl`."""
+    """All answers to one turn of a prompt; a line of `outputs.jsonl`.
+
+    Attributes:
+        text: the baseline's.
+        answers: by way, one a repeat.
+        differences: ways that left the baseline's tokens in any repeat, and where first.
+    """
 
     id: str
     task: str
     prompt_tokens: int
     text: str
-    answers: dict[str, Answer] = field(default_factory=dict)
+    answers: dict[str, tuple[Answer, ...]] = field(default_factory=dict)
     differences: dict[str, Difference] = field(default_factory=dict)
     category: str | None = None
+
+    @property
+    def timed(self) -> bool:
+        """Whether its seconds count."""
+        return all(one.seconds is not None for found in self.answers.values() for one in found)
+
+    def untimed(self) -> PromptResult:
+        """The same without seconds."""
+        answers = {
+            way: tuple(replace(one, seconds=None) for one in found)
+            for way, found in self.answers.items()
+        }
+        return replace(self, answers=answers)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -83,7 +107,7 @@ class PromptResult:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> PromptResult:
         """The inverse of `as_dict`."""
-        answers = {way: _answer(answer) for way, answer in values["answers"].items()}
+        answers = {way: tuple(map(_answer, found)) for way, found in values["answers"].items()}
         differences = {way: Difference(**d) for way, d in values["differences"].items()}
         return cls(**{**values, "answers": answers, "differences": differences})
 
@@ -101,15 +125,16 @@ def decode(
     way: str,
     prompt_ids: Sequence[int],
     max_new_tokens: int,
-    plan: TreePlan,
+    plan: TreePlan | None,
 ) -> Answer:
-    """Answer a prompt greedily with Aerie's decoder."""
+    """Answer a prompt greedily with Aerie's decoder; without a plan, as the decoder chooses."""
     started = time.perf_counter()
     rounds = list(
         decoder.generate(prompt_ids, max_new_tokens=max_new_tokens, temperature=0, plan=plan)
     )
     seconds = time.perf_counter() - started
     after_prompt = [done for done in rounds if done.tree_size]
+    sizes = [done.tree_size for done in after_prompt]
     return Answer(
         way=way,
         token_ids=tuple(token for done in rounds for token in done.tokens),
@@ -117,12 +142,21 @@ def decode(
         rounds=len(after_prompt),
         accepted=tuple(len(done.tokens) for done in after_prompt),
         depths=tuple(len(done.ranks) for done in after_prompt),
-        tree_size=plan.total_tokens,
+        tree_size=statistics.fmean(sizes) if sizes else 1.0,
     )
 
 
-def hf_generate(target: Target, prompt_ids: Sequence[int], max_new_tokens: int) -> Answer:
-    """Answer a prompt greedily with HF `generate` on the same model object."""
+def hf_generate(
+    target: Target, prompt_ids: Sequence[int], max_new_tokens: int, lookup_tokens: int = 0
+) -> Answer:
+    """Answer a prompt greedily with HF `generate`, with its prompt lookup where that is asked for.
+
+    Args:
+        target: whose model object generates.
+        prompt_ids: at least one token.
+        max_new_tokens: exact upper limit.
+        lookup_tokens: copied at most in a pass, by `prompt_lookup_num_tokens`; 0 copies nothing.
+    """
     ids_1T = torch.tensor([list(prompt_ids)], device=target.device)
     started = time.perf_counter()
     with torch.inference_mode():
@@ -133,25 +167,27 @@ def hf_generate(target: Target, prompt_ids: Sequence[int], max_new_tokens: int) 
             do_sample=False,
             eos_token_id=sorted(target.eos_token_ids),
             pad_token_id=min(target.eos_token_ids),
+            prompt_lookup_num_tokens=lookup_tokens or None,
         )
     seconds = time.perf_counter() - started
-    return Answer(HF_GENERATE, tuple(output_1T[0, len(prompt_ids) :].tolist()), seconds)
+    way = HF_LOOKUP if lookup_tokens else HF_GENERATE
+    return Answer(way, tuple(output_1T[0, len(prompt_ids) :].tolist()), seconds)
 
 
 def find_difference(
-    target: Target, prompt_ids: Sequence[int], baseline: Answer, answer: Answer
+    target: Target, prompt_ids: Sequence[int], wanted: Sequence[int], got: Sequence[int]
 ) -> Difference | None:
-    """Compare an answer with the baseline's; None where they are identical."""
-    mine, wanted = answer.token_ids, baseline.token_ids
-    if mine == wanted:
+    """Compare an answer's tokens with the baseline's; None where they are identical."""
+    if list(got) == list(wanted):
         return None
     same = 0
-    while same < min(len(mine), len(wanted)) and mine[same] == wanted[same]:
+    while same < min(len(got), len(wanted)) and got[same] == wanted[same]:
         same += 1
     ids_1T = torch.tensor([[*prompt_ids, *wanted[:same]]])
     logits_V = target.logits(target.features(ids_1T)[0, -1:])[0].float()
     first, second = logits_V.topk(2).values.tolist()
-    return Difference(same, first - second)
+    step = torch.finfo(target.dtype).eps * 2.0 ** math.floor(math.log2(max(abs(first), 1e-30)))
+    return Difference(same, first - second, (first - second) / step)
 
 
 def repetition_rate(token_ids: Sequence[int]) -> float:
@@ -165,8 +201,3 @@ def repetition_rate(token_ids: Sequence[int]) -> float:
         for i in range(len(token_ids) - REPETITION_NGRAM + 1)
     ]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
-
-
-def tree_way(total_tokens: int, kind: str = "tree") -> str:
-    """Name of the way that decodes with a fixed tree size."""
-    return f"{kind}_{total_tokens}"
