@@ -14,6 +14,7 @@ from typing import Any
 
 from fastapi import FastAPI
 from ray import serve as ray_serve
+from ray.exceptions import RayActorError
 from ray.serve.config import AutoscalingConfig
 from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
@@ -25,6 +26,7 @@ from serve.errors import ApiError, internal_error
 from serve.generation import Event, Generation, Prompt, Rejected, Tokens
 from serve.keys import key_hashes
 from serve.replica import RETRY_AFTER_S, DecoderReplica
+from serve.retry import ReplicaLostError, lost_for_good
 
 DECODER = "Decoder"
 # What may be in a replica beyond those it decodes and those that wait in it: it refuses them
@@ -41,8 +43,8 @@ logger = logging.getLogger("ray.serve")
 class DecoderReplicas:
     """The decoder's deployment, of which each request takes one replica."""
 
-    def __init__(self, handle: DeploymentHandle) -> None:
-        self._handle = handle
+    def __init__(self, handle: DeploymentHandle, retries: int) -> None:
+        self._handle, self._retries = handle, retries
         self._streaming = handle.options(stream=True)
 
     async def generate(self, request: Generation) -> AsyncGenerator[Event, None]:
@@ -51,6 +53,8 @@ class DecoderReplicas:
         try:
             async for event in response:
                 yield event
+        except RayActorError as error:
+            raise ReplicaLostError(str(error)) from error
         except Exception as error:
             raise _api_error(error) from error
         finally:
@@ -58,21 +62,25 @@ class DecoderReplicas:
 
     async def tokenize(self, prompt: Prompt, field: str) -> Tokens | Rejected:
         """The tokens that a prompt is read as."""
-        return await self._ask(self._handle.tokenize.remote(prompt, field))
+        return await self._ask(self._handle.tokenize, prompt, field)
 
     async def detokenize(self, token_ids: tuple[int, ...]) -> str | Rejected:
         """The text of tokens."""
-        return await self._ask(self._handle.detokenize.remote(token_ids))
+        return await self._ask(self._handle.detokenize, token_ids)
 
     async def running(self) -> int:
         """How many replicas run."""
         return await asyncio.to_thread(_running_replicas)
 
-    async def _ask(self, response: Any) -> Any:
-        try:
-            return await response
-        except Exception as error:
-            raise _api_error(error) from error
+    async def _ask(self, method: Any, *arguments: Any) -> Any:
+        for _ in range(self._retries + 1):
+            try:
+                return await method.remote(*arguments)
+            except RayActorError as error:
+                logger.warning("a replica died in mid-request", exc_info=error)
+            except Exception as error:
+                raise _api_error(error) from error
+        raise lost_for_good(self._retries)
 
 
 def _api_error(error: Exception) -> ApiError:
@@ -111,7 +119,7 @@ class Ingress:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Called by Ray Serve, after the constructor."""
-        return build_api(DecoderReplicas(self._decoder), self._config)
+        return build_api(DecoderReplicas(self._decoder, self._config.retries), self._config)
 
 
 def build_app(args: Config) -> ray_serve.Application:

@@ -84,6 +84,11 @@ class Accepted:
 
 
 @dataclass(frozen=True)
+class Restarted:
+    """The replica died after `Accepted`, and another one takes the request over."""
+
+
+@dataclass(frozen=True)
 class ScoredToken:
     """A token and the target's log-probability of it, and of the likeliest in its place.
 
@@ -114,18 +119,22 @@ class Progressed:
     Attributes:
         choice: which, from 0.
         spans: its text, which may be none yet.
-        num_tokens: its tokens.
+        ids: its tokens.
         tree_size: of its draft tree; 0 for the prompt's pass.
-        tokens: the same tokens, where log-probabilities were asked for.
+        tokens: the same, where log-probabilities were asked for.
         num_guessed: how many of them had been guessed: the first ones.
     """
 
     choice: int
     spans: tuple[Span, ...]
-    num_tokens: int
+    ids: tuple[int, ...]
     tree_size: int
     tokens: tuple[ScoredToken, ...] = ()
     num_guessed: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.ids)
 
     @property
     def text(self) -> str:
@@ -157,4 +166,4 @@ class Finished:
         return "length" if self.reason == "length" else "stop"
 
 
-Event = Rejected | Accepted | Progressed | Finished | Failed
+Event = Rejected | Accepted | Progressed | Finished | Failed | Restarted

@@ -204,11 +204,13 @@ class _Answer:
             turn.give_up()
         tokens = tuple(self._scored(one) for one in done.logprobs[:count])
         guessed = sum(done.drafted[:count])
-        yield Progressed(turn.place, tuple(spans), count, done.tree_size, tokens, guessed)
+        yield Progressed(
+            turn.place, tuple(spans), done.tokens[:count], done.tree_size, tokens, guessed
+        )
         if turn.open:
             return
         if rest := text.finish():
-            yield Progressed(turn.place, tuple(rest), 0, 0)
+            yield Progressed(turn.place, tuple(rest), (), 0)
         if text.stopped:
             yield self._finished("string")
         else:

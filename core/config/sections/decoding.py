@@ -153,6 +153,9 @@ class ServeConfig(Section):
         None, "environment variable of the starting process with keys, separated by commas"
     )
     max_request_bytes: int = setting(1_000_000, "longest body of a request", ge=1024)
+    retries: int = setting(
+        3, "other replicas that a request is asked of when the one that answers it dies", ge=0
+    )
     deadline_s: float = setting(
         600.0, "seconds after which an answer is given up, its waiting included", gt=0
     )
