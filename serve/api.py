@@ -13,8 +13,10 @@ from fastapi import FastAPI
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 
 from core.config import ServeConfig
+from serve.admin import add_admin
 from serve.answers import Answer, Json, model_card, model_list, server_sent
 from serve.completions import CompletionRequest
+from serve.desk import Desk
 from serve.errors import EXCEPTION_HANDLERS, ApiError, internal_error
 from serve.generation import (
     Accepted,
@@ -68,8 +70,8 @@ Ask = Callable[[Generation, bool], AsyncGenerator[Event, None]]
 """The events of a request, which are streamed to the client or not."""
 
 
-def build_api(backend: Backend, config: ServeConfig) -> FastAPI:
-    """All routes; `backend` answers them."""
+def build_api(backend: Backend, desk: Desk, config: ServeConfig) -> FastAPI:
+    """All routes; `backend` answers them, those of /admin `desk`."""
     api = FastAPI(
         title="Aerie",
         summary="A speculative decoder that speaks OpenAI's and TGI's protocols.",
@@ -81,6 +83,7 @@ def build_api(backend: Backend, config: ServeConfig) -> FastAPI:
     api.add_middleware(
         Guard,
         hashes=config.api_keys,
+        admin_hashes=config.admin_keys,
         max_bytes=config.max_request_bytes,
     )
     metrics = Metrics(config.model_name)
@@ -93,6 +96,7 @@ def build_api(backend: Backend, config: ServeConfig) -> FastAPI:
     _add_openai(api, ask, config)
     _add_tgi(api, ask)
     _add_tokens(api, backend, config)
+    add_admin(api, desk)
     return api
 
 

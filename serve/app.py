@@ -14,7 +14,7 @@ from typing import Any
 
 from fastapi import FastAPI
 from ray import serve as ray_serve
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.config import AutoscalingConfig
 from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
@@ -22,13 +22,16 @@ from ray.serve.handle import DeploymentHandle
 from core.config import Config, ServeConfig
 from core.errors import ConfigError
 from serve.api import build_api
+from serve.desk import Decision, Head, HeadDesk
 from serve.errors import ApiError, internal_error
 from serve.generation import Event, Generation, Prompt, Rejected, Tokens
-from serve.keys import key_hashes
+from serve.keys import admin_key_hashes, key_hashes
 from serve.replica import RETRY_AFTER_S, DecoderReplica
 from serve.retry import ReplicaLostError, lost_for_good
 
 DECODER = "Decoder"
+# Its `user_config` {"path": …, "canary": …} brings a draft head into service.
+DESK = "Heads"
 # What may be in a replica beyond those it decodes and those that wait in it: it refuses them
 # itself, at once, where the router would let them wait.
 MAX_REFUSED_AT_ONCE = 64
@@ -83,6 +86,39 @@ class DecoderReplicas:
         raise lost_for_good(self._retries)
 
 
+class ServedReplica(DecoderReplica):
+    """A decoder replica that follows the desk's deployment."""
+
+    def __init__(self, config: Config, desk: DeploymentHandle) -> None:
+        super().__init__(config, desk.report.remote)
+
+
+class ServedDesk:
+    """The desk's deployment."""
+
+    def __init__(self, handle: DeploymentHandle) -> None:
+        self._handle = handle
+
+    async def propose(self, path: str, share: float | None = None) -> Head:
+        """See `HeadDesk`."""
+        return await self._ask(self._handle.propose, path, share)
+
+    async def settled(self, number: int, timeout_s: float) -> Decision | None:
+        """See `HeadDesk`."""
+        return await self._ask(self._handle.settled, number, timeout_s)
+
+    async def status(self) -> dict[str, Any]:
+        """See `HeadDesk`."""
+        return await self._ask(self._handle.status)
+
+    async def _ask(self, method: Any, *arguments: Any) -> Any:
+        try:
+            return await method.remote(*arguments)
+        except RayTaskError as error:
+            # Ray's own is of the cause's type too, but tells all of its traceback.
+            raise error.cause from error
+
+
 def _api_error(error: Exception) -> ApiError:
     if isinstance(error, BackPressureError):
         return ApiError(
@@ -114,12 +150,15 @@ def _running_replicas() -> int:
 class Ingress:
     """Turns HTTP into requests for the decoder replicas and their events into HTTP."""
 
-    def __init__(self, decoder: DeploymentHandle, config: ServeConfig) -> None:
-        self._decoder, self._config = decoder, config
+    def __init__(
+        self, decoder: DeploymentHandle, desk: DeploymentHandle, config: ServeConfig
+    ) -> None:
+        self._decoder, self._desk, self._config = decoder, desk, config
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Called by Ray Serve, after the constructor."""
-        return build_api(DecoderReplicas(self._decoder, self._config.retries), self._config)
+        replicas = DecoderReplicas(self._decoder, self._config.retries)
+        return build_api(replicas, ServedDesk(self._desk), self._config)
 
 
 def build_app(args: Config) -> ray_serve.Application:
@@ -138,7 +177,7 @@ def build_app(args: Config) -> ray_serve.Application:
             f"serve.replicas={config.replicas}; raise it"
         )
     decoder: Any = ray_serve.deployment(
-        DecoderReplica,
+        ServedReplica,
         name=DECODER,
         ray_actor_options={
             "num_cpus": config.cpus_per_replica,
@@ -155,6 +194,10 @@ def build_app(args: Config) -> ray_serve.Application:
         graceful_shutdown_timeout_s=GRACEFUL_SHUTDOWN_S,
         max_constructor_retry_count=MAX_STARTS,
     )
+    desk: Any = ray_serve.deployment(HeadDesk, name=DESK, ray_actor_options={"num_cpus": 0})
+    head_desk = desk.bind(args.draft.path, rounds=config.canary_rounds, gain=config.canary_gain)
     # Read here: the ingress may be on another node.
-    keyed = config.model_copy(update={"api_keys": key_hashes(config)})
-    return Ingress.bind(decoder.bind(args), keyed)  # type: ignore[attr-defined]
+    keyed = config.model_copy(
+        update={"api_keys": key_hashes(config), "admin_keys": admin_key_hashes(config)}
+    )
+    return Ingress.bind(decoder.bind(args, head_desk), head_desk, keyed)  # type: ignore[attr-defined]

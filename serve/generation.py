@@ -71,9 +71,14 @@ class Rejected:
 
 @dataclass(frozen=True)
 class Failed:
-    """Last event of a request that the decoder could not finish."""
+    """Last event of a request that the decoder could not finish.
+
+    Attributes:
+        again: whether asking once more helps: the draft head was one on trial.
+    """
 
     message: str
+    again: bool = False
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from serve.errors import ApiError
 from serve.generation import (
     Accepted,
     Event,
+    Failed,
     Finished,
     Generation,
     Progressed,
@@ -81,13 +82,15 @@ async def resumed(
                     if isinstance(event, Rejected) and event.status == 503 and left:
                         left -= 1
                         break
+                    if isinstance(event, Failed) and event.again and left:
+                        raise ReplicaLostError(event.message)
                     fresh = told.new_of(event)
                     if fresh is not None:
                         yield fresh
                 else:
                     return
         except ReplicaLostError as error:
-            logger.warning("a replica died in mid-request; %d others may be asked", left)
+            logger.warning("a request is begun anew, %d times more at most: %s", left, error)
             if not left:
                 raise lost_for_good(retries) from error
             left -= 1

@@ -15,6 +15,7 @@ import torch
 from core.config import Config
 from core.models.tiny import save_tiny_target
 from serve.api import build_api
+from serve.desk import HeadDesk
 from serve.generation import Event, Generation, Prompt, Rejected, Tokens
 from serve.replica import DecoderReplica
 
@@ -32,8 +33,8 @@ Json = dict[str, Any]
 class Direct:
     """One replica, without Ray in between."""
 
-    def __init__(self, replica: DecoderReplica) -> None:
-        self.replica = replica
+    def __init__(self, replica: DecoderReplica, desk: HeadDesk) -> None:
+        self.replica, self.desk = replica, desk
 
     def generate(self, request: Generation) -> AsyncGenerator[Event, None]:
         return self.replica.generate(request)
@@ -54,7 +55,7 @@ class Service:
     def __init__(self, backend: Direct, config: Config, runner: asyncio.Runner) -> None:
         self.backend, self.config, self._runner = backend, config, runner
         self.replica = backend.replica
-        api = build_api(backend, config.serve)
+        api = build_api(backend, backend.desk, config.serve)
         transport = httpx.ASGITransport(api, raise_app_exceptions=False)
         self.client = httpx.AsyncClient(transport=transport, base_url="http://test", timeout=60)
 
@@ -101,8 +102,8 @@ class Service:
 
 
 @contextmanager
-def in_process(folder: Path) -> Iterator[Service]:
-    """A service with the tiny target."""
+def in_process(folder: Path, *, canary_gain: float = 0.0) -> Iterator[Service]:
+    """A service with the tiny target; `check_health` makes its replica follow the desk."""
     save_tiny_target(folder / "target")
     config = Config().replace(
         target={"path": str(folder / "target"), "dtype": "float32"},
@@ -111,5 +112,6 @@ def in_process(folder: Path) -> Iterator[Service]:
     )
     threads = torch.get_num_threads()
     with asyncio.Runner() as runner:
-        yield Service(Direct(DecoderReplica(config)), config, runner)
+        desk = HeadDesk(None, rounds=20, gain=canary_gain)
+        yield Service(Direct(DecoderReplica(config, desk.report), desk), config, runner)
     torch.set_num_threads(threads)

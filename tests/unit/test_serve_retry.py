@@ -20,7 +20,7 @@ class Mortal(Direct):
     """Dies after so many events, once for each number."""
 
     def __init__(self, service: Service, *deaths: int) -> None:
-        super().__init__(service.replica)
+        super().__init__(service.replica, service.backend.desk)
         self.deaths = list(deaths)
         self.asked: list[Generation] = []
 
