@@ -71,9 +71,14 @@ class Rejected:
 
 @dataclass(frozen=True)
 class Failed:
-    """Last event of a request that the decoder could not finish."""
+    """Last event of a request that the decoder could not finish.
+
+    Attributes:
+        again: whether asking once more helps: the draft head was one on trial.
+    """
 
     message: str
+    again: bool = False
 
 
 @dataclass(frozen=True)
@@ -81,6 +86,11 @@ class Accepted:
     """First event: the request waits for its turn or is at work."""
 
     prompt_tokens: int
+
+
+@dataclass(frozen=True)
+class Restarted:
+    """The replica died after `Accepted`, and another one takes the request over."""
 
 
 @dataclass(frozen=True)
@@ -114,18 +124,22 @@ class Progressed:
     Attributes:
         choice: which, from 0.
         spans: its text, which may be none yet.
-        num_tokens: its tokens.
+        ids: its tokens.
         tree_size: of its draft tree; 0 for the prompt's pass.
-        tokens: the same tokens, where log-probabilities were asked for.
+        tokens: the same, where log-probabilities were asked for.
         num_guessed: how many of them had been guessed: the first ones.
     """
 
     choice: int
     spans: tuple[Span, ...]
-    num_tokens: int
+    ids: tuple[int, ...]
     tree_size: int
     tokens: tuple[ScoredToken, ...] = ()
     num_guessed: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.ids)
 
     @property
     def text(self) -> str:
@@ -157,4 +171,4 @@ class Finished:
         return "length" if self.reason == "length" else "stop"
 
 
-Event = Rejected | Accepted | Progressed | Finished | Failed
+Event = Rejected | Accepted | Progressed | Finished | Failed | Restarted

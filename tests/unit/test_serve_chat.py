@@ -165,9 +165,9 @@ def test_errors_have_the_shape_of_openai() -> None:
 
 
 ROUNDS = [
-    Progressed(0, (("a", False),), 1, 1),
-    Progressed(0, (), 1, 8),
-    Progressed(0, (("é", True),), 1, 8),
+    Progressed(0, (("a", False),), (1,), 1),
+    Progressed(0, (), (2,), 8),
+    Progressed(0, (("é", True),), (3,), 8),
 ]
 FINISHED = Finished(0, "length", 3, rounds=3, accepted_length=1.0, tokens_per_second=10.0)
 
