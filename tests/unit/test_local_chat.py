@@ -45,10 +45,12 @@ def test_a_conversation_in_the_terminal(
 ) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO("Hello!\n/stats\n/reset\n/quit\n"))
     # bitsandbytes' kernel wants layers of a multiple of 32 outputs.
-    folder = save_tiny(tmp_path / "model", "llama", hidden_size=64, head_dim=16)
+    sizes = {"hidden_size": 64, "head_dim": 16, "intermediate_size": 64}
+    folder = save_tiny(tmp_path / "model", "llama", **sizes)
     code = chat.main(["--model", str(folder), "--max-tokens", "4", *flags])
-    shown = capsys.readouterr().out
-    assert code == 0
+    printed = capsys.readouterr()
+    shown = printed.out
+    assert code == 0, printed.err
     assert "tokens/s, accepted length 1.00" in shown
     assert "forgotten" in shown
 
