@@ -247,9 +247,9 @@ async def _whole(events: AsyncGenerator[Event, None], request: Generation, answe
                 rounds.append(event)
             elif isinstance(event, Finished):
                 finished[event.choice] = event
-    if len(finished) < request.choices:
+    if len(finished) < request.num_answers:
         raise internal_error()
-    return answer.whole(rounds, [finished[place] for place in range(request.choices)])
+    return answer.whole(rounds, [finished[place] for place in range(request.num_answers)])
 
 
 async def _stream(events: AsyncGenerator[Event, None], answer: Answer) -> AsyncGenerator[str, None]:

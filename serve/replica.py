@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from core.config import Config
+from core.decode.phases import NO_SECONDS
 from core.errors import BusyError, InputError, UserError
 from core.progress import say
 from serve.generation import (
@@ -102,7 +103,11 @@ class DecoderReplica:
             for turn in visit.turns
         ]
         try:
-            yield Accepted(len(asked[0].prompt_ids))
+            yield Accepted(sum(len(one.prompt_ids) for one in asked[:: request.choices]))
+            if request.echo:
+                for turn in visit.turns:
+                    text = self._tokenizer.decode(turn.request.prompt_ids, skip_special_tokens=True)
+                    yield Progressed(turn.place, ((str(text), False),), (), 0)
             async with aclosing(visit.events()) as events:
                 async for turn, event in events:
                     for one in answers[turn.place].take(event):
@@ -138,16 +143,20 @@ class DecoderReplica:
         from core.decode.requests import Request
         from core.decode.sampling import SamplingSettings
 
-        field = request.prompt_field
         try:
-            prompt_ids = self._prompt_ids(request.prompt)
+            prompts = [self._prompt_ids(prompt) for prompt in request.prompts]
         except UserError as error:
-            return Rejected(str(error), param=field)
+            return Rejected(str(error), param=request.prompt_field)
+        if request.num_answers > self._loop.most:
+            return Rejected(
+                f"{request.num_answers} answers are asked for, and this server takes "
+                f"{self._loop.most} at a time; send several requests",
+                param=request.prompt_field,
+            )
         longest = _longest(decoder)
-        if too_long := _too_long(request, len(prompt_ids), longest):
-            return too_long
-        room = longest - len(prompt_ids)
-        max_new_tokens = request.max_new_tokens or min(room, self._config.serve.max_new_tokens)
+        for prompt_ids in prompts:
+            if too_long := _too_long(request, len(prompt_ids), longest):
+                return too_long
         stops = frozenset(request.stop_token_ids)
         try:
             self._check_ids(stops)
@@ -155,14 +164,16 @@ class DecoderReplica:
             settings.check_vocabulary(self._target.vocab_size)
         except UserError as error:
             return Rejected(str(error))
+        most = self._config.serve.max_new_tokens
         return [
             Request(
                 prompt_ids,
-                max_new_tokens,
+                request.max_new_tokens or min(longest - len(prompt_ids), most),
                 settings,
                 None if request.seed is None else request.seed + place,
                 stops,
             )
+            for prompt_ids in prompts
             for place in range(request.choices)
         ]
 
@@ -214,7 +225,8 @@ class _Answer:
     def __init__(self, turn: Turn, tokenizer: Any, text: TextStream, version: Version) -> None:
         self._turn, self._tokenizer, self._text = turn, tokenizer, text
         self._version = version
-        self._passes = self._committed = 0
+        self._passes = self._committed = self._nodes = 0
+        self._seconds = NO_SECONDS
 
     def take(self, event: DecoderEvent) -> Iterator[Event]:
         done, turn, text = event.round, self._turn, self._text
@@ -222,6 +234,7 @@ class _Answer:
         if done.tree_size:
             self._passes += 1
             self._committed += len(done.tokens)
+            self._nodes += done.tree_size
             self._version.count(len(done.tokens))
         before = text.num_tokens
         spans = text.push(done.tokens, done.drafted)
@@ -231,8 +244,9 @@ class _Answer:
             turn.give_up()
         tokens = tuple(self._scored(one) for one in done.logprobs[:count])
         guessed = sum(done.drafted[:count])
+        seconds, self._seconds = event.seconds - self._seconds, event.seconds
         yield Progressed(
-            turn.place, tuple(spans), done.tokens[:count], done.tree_size, tokens, guessed
+            turn.place, tuple(spans), done.tokens[:count], done.tree_size, tokens, guessed, seconds
         )
         if turn.open:
             return
@@ -253,6 +267,8 @@ class _Answer:
             rounds=self._passes,
             accepted_length=self._committed / self._passes if self._passes else 1.0,
             tokens_per_second=count / max(time.monotonic() - self._turn.started, 1e-9),
+            tree_size=self._nodes / self._passes if self._passes else 1.0,
+            seconds=self._seconds,
         )
 
     def _scored(self, token: TokenLogprobs) -> ScoredToken:

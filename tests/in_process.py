@@ -1,9 +1,14 @@
-"""The HTTP interface in front of a real decoder replica, in this process: no Ray, no socket."""
+"""The HTTP interface in front of a real decoder replica, in this process.
+
+No Ray, and a socket only where something needs one.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import json
+import socket
+import threading
 from collections.abc import AsyncGenerator, Coroutine, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +16,7 @@ from typing import Any
 
 import httpx
 import torch
+import uvicorn
 
 from core.config import Config
 from core.models.tiny import save_tiny_target
@@ -55,8 +61,8 @@ class Service:
     def __init__(self, backend: Direct, config: Config, runner: asyncio.Runner) -> None:
         self.backend, self.config, self._runner = backend, config, runner
         self.replica = backend.replica
-        api = build_api(backend, backend.desk, config.serve)
-        transport = httpx.ASGITransport(api, raise_app_exceptions=False)
+        self.api = build_api(backend, backend.desk, config.serve)
+        transport = httpx.ASGITransport(self.api, raise_app_exceptions=False)
         self.client = httpx.AsyncClient(transport=transport, base_url="http://test", timeout=60)
 
     def configured(self, **settings: Any) -> Service:
@@ -99,6 +105,18 @@ class Service:
         assert response.status_code == 200, response.text
         assert response.headers["content-type"].startswith("text/event-stream")
         return [event.removeprefix("data: ") for event in response.text.split("\n\n")[:-1]]
+
+
+@contextmanager
+def listening(service: Service) -> Iterator[str]:
+    """The application behind a socket, for clients that are no Python; its address."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        server = uvicorn.Server(uvicorn.Config(service.api, log_level="warning"))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        server.should_exit = True
+        thread.join()
 
 
 @contextmanager

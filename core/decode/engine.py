@@ -15,6 +15,7 @@ from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from itertools import count
+from time import perf_counter
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from core.config import DecodeConfig
 from core.decode.drafting import Drafter, HeadDrafter
 from core.decode.forward import Piece, target_pass
 from core.decode.ngram import NgramIndex, merge
+from core.decode.phases import PhaseSeconds
 from core.decode.requests import DecodedSequence, Event, Request, Round
 from core.decode.rows import RowCache, Stretch
 from core.decode.sampling import SamplingSettings
@@ -238,7 +240,9 @@ class SpeculativeDecoder:
     def _round(self) -> list[Event]:
         """Draft, verify and commit; prompts go on by a chunk."""
         self.scheduler.admit()
+        began = perf_counter()
         trees = self._draft()
+        drafted = perf_counter()
         chunks = self.scheduler.chunks()
         pieces = [
             *(Piece.of_tree(one.first_row, one.cached, tree) for one, tree in trees),
@@ -251,10 +255,12 @@ class SpeculativeDecoder:
         read = target_pass(self.target, self._cache, pieces, layers, dense=self._dense)
         rounds = self._commit(trees, read[: len(trees)])
         rounds += _advance(chunks, read[len(trees) :])
+        # Choosing tokens has waited for a GPU's pass; the next one's trees wait for themselves.
+        _note_seconds(trees, chunks, drafted - began, perf_counter() - drafted)
         for sequence, _ in rounds:
             if sequence.ending is not None:
                 self.scheduler.end(sequence)
-        return [Event(one.id, done, one.ending) for one, done in rounds]
+        return [Event(one.id, done, one.ending, one.seconds) for one, done in rounds]
 
     def _draft(self) -> list[tuple[DecodedSequence, DraftTree]]:
         """A tree for each sequence that decodes."""
@@ -330,6 +336,19 @@ def _advance(
         if len(logits_NV):
             rounds.append((sequence, sequence.begin(sequence.sampler.first(logits_NV[0]))))
     return rounds
+
+
+def _note_seconds(
+    trees: Sequence[tuple[DecodedSequence, DraftTree]],
+    chunks: Sequence[tuple[DecodedSequence, int]],
+    draft: float,
+    verify: float,
+) -> None:
+    """Those who share a round share its seconds."""
+    for sequence, _ in trees:
+        sequence.seconds += PhaseSeconds(draft=draft, verify=verify)
+    for sequence, _ in chunks:
+        sequence.seconds += PhaseSeconds(prefill=verify)
 
 
 def _tree_rows(plan: TreePlan) -> int:

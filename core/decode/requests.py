@@ -9,6 +9,7 @@ from typing import Literal
 from torch import Tensor
 
 from core.decode.ngram import NgramIndex
+from core.decode.phases import NO_SECONDS, PhaseSeconds
 from core.decode.rows import Stretch
 from core.decode.sampler import Sampler, TokenLogprobs
 from core.decode.sampling import SamplingSettings
@@ -67,11 +68,13 @@ class Event:
         request_id: as `submit` gave it.
         round: what was committed.
         ending: why this round is the last one; None if it is not.
+        seconds: that the request's rounds have taken so far, this one included.
     """
 
     request_id: int
     round: Round
     ending: Ending | None
+    seconds: PhaseSeconds = NO_SECONDS
 
 
 @dataclass(eq=False)
@@ -91,6 +94,7 @@ class DecodedSequence:
         cached: tokens whose rows the target's cache holds; without the last one, while it decodes.
         read: of those, the ones that the draft head has read.
         unread: features [T, L, H] of the others, in order.
+        seconds: that its rounds have taken.
     """
 
     id: int
@@ -106,6 +110,7 @@ class DecodedSequence:
     cached: int = 0
     read: int = 0
     unread: list[Tensor] = field(default_factory=list)
+    seconds: PhaseSeconds = NO_SECONDS
 
     def __post_init__(self) -> None:
         request = self.request

@@ -115,6 +115,8 @@ def test_a_new_head_takes_new_requests_and_the_old_one_ends_its_own(
     decoder = service.replica.heads.current.lane.decoder
     assert decoder.head is not None and decoder.plan.total_tokens == heads_module.FIRST_TREE
     assert not old.decoder.busy
+    figures = answer.json()["aerie"]
+    assert figures["tree_size"] > 1 and figures["seconds"]["draft"] > 0
     assert at_work, "the answer was not long enough to see"
 
 

@@ -54,7 +54,7 @@ def replica(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DecoderReplica
 
 
 def asked(prompt: str, **settings: Any) -> Generation:
-    return Generation(Conversation((("user", prompt),)), **settings)
+    return Generation((Conversation((("user", prompt),)),), **settings)
 
 
 async def events_of(replica: DecoderReplica, request: Generation) -> list[Any]:

@@ -137,7 +137,7 @@ def test_another_text_is_a_clear_error_in_a_stream_and_none_in_a_whole_answer(
     class Other(Mortal):
         async def generate(self, request: Generation) -> AsyncGenerator[Event, None]:
             if self.asked:
-                request = Generation("Something else.", max_new_tokens=30, seed=1)
+                request = Generation(("Something else.",), max_new_tokens=30, seed=1)
             async for event in super().generate(request):
                 yield event
 
