@@ -8,7 +8,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from core.config import TrainConfig
@@ -89,7 +89,6 @@ def test_max_steps_ends_the_run() -> None:
     assert _order(max_steps=400).total_steps == 9
 
 
-@settings(deadline=None)
 @given(st.sampled_from([1, 2, 3, 6]), st.integers(1, 7), st.integers(0, 8))
 def test_any_number_of_workers_trains_on_the_same_sequences(
     world_size: int, micro_batch_size: int, step: int
