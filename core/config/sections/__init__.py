@@ -9,6 +9,7 @@ from core.config.sections.data import (
     RuleName,
 )
 from core.config.sections.decoding import BenchmarkConfig, DecodeConfig, EvalConfig, ServeConfig
+from core.config.sections.finetuning import FinetuneConfig, check_finetuning
 from core.config.sections.models import ConvertConfig, ExportConfig, TargetConfig, TemplateName
 from core.config.sections.training import TrackingConfig, TrainConfig
 
@@ -21,6 +22,7 @@ __all__ = [
     "EvalConfig",
     "ExportConfig",
     "FeaturesConfig",
+    "FinetuneConfig",
     "FormatName",
     "GenerateConfig",
     "RuleName",
@@ -29,4 +31,5 @@ __all__ = [
     "TemplateName",
     "TrackingConfig",
     "TrainConfig",
+    "check_finetuning",
 ]
