@@ -45,8 +45,9 @@ def test_a_conversation_in_the_terminal(
 ) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO("Hello!\n/stats\n/reset\n/quit\n"))
     # bitsandbytes' kernel wants layers of a multiple of 32 outputs.
-    sizes = {"hidden_size": 64, "head_dim": 16, "intermediate_size": 64}
-    folder = save_tiny(tmp_path / "model", "llama", **sizes)
+    folder = save_tiny(
+        tmp_path / "model", "llama", hidden_size=64, head_dim=16, intermediate_size=64
+    )
     code = chat.main(["--model", str(folder), "--max-tokens", "4", *flags])
     printed = capsys.readouterr()
     shown = printed.out
