@@ -21,13 +21,13 @@ from core.decode.requests import Event, Request
 from core.decode.sampling import SamplingSettings
 from core.decode.tree import TreePlan
 from core.errors import InputError
-from core.evaluate.speculation import Difference, find_difference
+from core.evaluate.speculation import GREEDY, Difference, Draw, find_difference
 from core.evaluate.ways import DecoderWay
 
 # The time of a run in pieces, whose spread says how much chance there is in it.
 PIECES = 10
 WARM_UP_TOKENS = 4
-BatchKey = tuple[int, int, str, float]
+BatchKey = tuple[float, int, int, str, float]
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,13 @@ class Question:
 
     Attributes:
         wanted: the baseline's answer when it was asked alone.
+        draw: how that was chosen.
     """
 
     id: str
     prompt_ids: tuple[int, ...]
     wanted: tuple[int, ...]
+    draw: Draw = GREEDY
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ class BatchRun:
         committed: tokens that they gave.
         answers: that were compared with the baseline's.
         differences: of these answers.
+        temperature: of all of them.
     """
 
     batch_size: int
@@ -77,11 +80,12 @@ class BatchRun:
     committed: int
     answers: int
     differences: tuple[BatchDifference, ...]
+    temperature: float = 0.0
 
     @property
     def key(self) -> BatchKey:
         """What tells it from the others of an evaluation."""
-        return self.batch_size, self.repeat, self.way, self.arrivals
+        return self.temperature, self.batch_size, self.repeat, self.way, self.arrivals
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -105,11 +109,12 @@ def run_batch(
     arrivals: float = 0.0,
     compare: bool = True,
 ) -> BatchRun:
-    """Answer questions greedily, several at a time, and compare the answers.
+    """Answer questions, several at a time, and compare the answers.
 
     Args:
         way: decoder and tree.
-        questions: at least one; they are asked again until there are twice as many as places.
+        questions: at least one, of one temperature; they are asked again until there are twice as
+            many as places.
         batch_size: requests at work at most.
         max_new_tokens: limit of each.
         repeat: for the record.
@@ -131,7 +136,13 @@ def run_batch(
     target = way.decoder.target
     found = []
     for question, token_ids in loop.answers if compare else ():
-        place = find_difference(target, question.prompt_ids, question.wanted, token_ids)
+        place = find_difference(
+            target,
+            question.prompt_ids,
+            question.wanted,
+            token_ids,
+            sampled=question.draw.temperature > 0,
+        )
         if place is not None:
             found.append(BatchDifference(**asdict(place), id=question.id))
     return BatchRun(
@@ -145,6 +156,7 @@ def run_batch(
         committed=loop.committed,
         answers=len(loop.answers),
         differences=tuple(found),
+        temperature=questions[0].draw.temperature,
     )
 
 
@@ -186,8 +198,16 @@ class _Loop:
     def ask(self) -> None:
         """Let the next request come."""
         question = self.waiting.popleft()
-        settings = replace(SamplingSettings.of(self.decoder.config), temperature=0.0)
-        request = Request(question.prompt_ids, self.max_new_tokens, settings, plan=self.plan)
+        settings = replace(
+            SamplingSettings.of(self.decoder.config), temperature=question.draw.temperature
+        )
+        request = Request(
+            question.prompt_ids,
+            self.max_new_tokens,
+            settings,
+            seed=question.draw.seed,
+            plan=self.plan,
+        )
         self.at_work[self.decoder.submit(request)] = (question, [])
 
     def round(self, *, timed: bool) -> None:

@@ -54,7 +54,7 @@ def write_page(
     """
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     evaluation = reports["evaluate_draft"]
-    by_task = task_rows(evaluation)
+    measured = by_temperature(evaluation)
     plots = [
         {"title": title, "data": base64.b64encode((folders[stage] / name).read_bytes()).decode()}
         for stage, name, title in PLOTS
@@ -63,13 +63,11 @@ def write_page(
     page = environment.from_string(TEMPLATE.read_text()).render(
         evaluation=evaluation,
         ways=way_rows(evaluation),
-        by_task=by_task,
-        depths=depths_shown(by_task),
         best_fixed=best_fixed(evaluation),
+        memory=memory_bound(evaluation) if "memory" in evaluation else None,
         lossless=lossless(evaluation["overall"]),
-        batches=[{**row, "lossless": lossless(row)} for row in evaluation.get("batches", ())],
-        batch_rows=batch_rows(evaluation),
-        differences=difference_rows(evaluation),
+        measured=[_shown_temperature(one) for one in measured],
+        differences=[row for one in measured for row in difference_rows(one)],
         reports=reports,
         plots=plots,
         samples=samples,
@@ -82,6 +80,31 @@ def read_samples(evaluation: Path) -> list[dict[str, Any]]:
     """The first answers of an evaluation's `outputs.jsonl`."""
     with (evaluation / "outputs.jsonl").open(encoding="utf-8") as file:
         return [json.loads(line) for line in itertools.islice(file, SHOWN_PROMPTS)]
+
+
+def by_temperature(report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The report as it would be of each temperature alone, that of its top level first."""
+    settings = report["settings"]
+    others = report.get("at_temperature", {}).items()
+    return [
+        dict(report),
+        *(
+            {**report, **found, "settings": {**settings, "temperature": float(temperature)}}
+            for temperature, found in others
+        ),
+    ]
+
+
+def _shown_temperature(report: Mapping[str, Any]) -> dict[str, Any]:
+    by_task = task_rows(report)
+    return {
+        "temperature": f"{report['settings']['temperature']:g}",
+        "by_task": by_task,
+        "depths": depths_shown(by_task),
+        "lossless": lossless(report["overall"]),
+        "batches": [{**row, "lossless": lossless(row)} for row in report.get("batches", ())],
+        "batch_rows": batch_rows(report),
+    }
 
 
 def way_rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -128,6 +151,17 @@ def best_fixed(report: Mapping[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
+def memory_bound(report: Mapping[str, Any]) -> str:
+    """How near plain decoding comes to what the memory's speed allows."""
+    memory, speed = report["memory"], report["overall"]["baseline_tokens_per_second"]
+    limit = memory["tokens_per_second_limit"]
+    text = (
+        f"a plain step reads {memory['weight_bytes_per_token'] / 1e6:,.0f} MB of weights, and the "
+        f"memory {memory['bytes_per_second'] / 1e9:.1f} GB/s: it allows {limit:.0f} tokens/s"
+    )
+    return text if speed is None else f"{text}, of which plain decoding has {speed / limit:.0%}"
+
+
 def depths_shown(rows: Sequence[Mapping[str, Any]]) -> int:
     """Columns that acceptance by depth takes."""
     return max((len(row["acceptance_by_depth"]) for row in rows), default=0)
@@ -150,10 +184,14 @@ def losses(row: Mapping[str, Any]) -> int:
 
 def difference_rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
     """All answers that are not the baseline's, the widest gap first; those of batches too."""
-    found = [{**one, "where": way_name(report, one["way"])} for one in report["differences"]]
+    temperature = report["settings"]["temperature"]
+    drawn = f", temperature {temperature:g}" if temperature else ""
+    found = [
+        {**one, "where": way_name(report, one["way"]) + drawn} for one in report["differences"]
+    ]
     for row in report.get("batches", ()):
         for one in row["differences"]:
-            where = f"{way_name(report, one['way'])}, {row['batch_size']} at a time"
+            where = f"{way_name(report, one['way'])}, {row['batch_size']} at a time{drawn}"
             found.append({**one, "where": where + (", arrivals" if one["arrivals"] else "")})
     return sorted(found, key=lambda one: -one["gap"])
 
@@ -173,6 +211,15 @@ def print_table(report: Mapping[str, Any]) -> None:
     console.print(table)
     if untimed := overall["prompts"] - overall["timed_prompts"]:
         console.print(f"{untimed} prompts were answered on shared devices: their speed is left out")
+    console.print(f"repetition rate of the outputs: {overall['repetition_rate']:.1%}")
+    if "memory" in report:
+        console.print(memory_bound(report))
+    for one in by_temperature(report):
+        _print_temperature(console, one)
+
+
+def _print_temperature(console: Console, report: Mapping[str, Any]) -> None:
+    """What was measured at one temperature, task by task and in batches."""
     console.print(_task_table(report))
     if rows := best_fixed(report):
         console.print(
@@ -181,11 +228,10 @@ def print_table(report: Mapping[str, Any]) -> None:
         )
         for row in rows:
             console.print(f"  {row['task']}: {row['ratio']} of {row['name']}")
-    console.print(f"repetition rate of the outputs: {overall['repetition_rate']:.1%}")
     batches = report.get("batches", ())
     if batches:
         console.print(batch_table(report))
-    console.print(f"lossless: {lossless(overall)}")
+    console.print(f"lossless: {lossless(report['overall'])}")
     for row in batches:
         of_them = f", {row['arrivals_total']} of them with random arrivals"
         console.print(f"lossless, {row['batch_size']} at a time: {lossless(row)}{of_them}")
@@ -193,17 +239,23 @@ def print_table(report: Mapping[str, Any]) -> None:
 
 
 def _print_differences(console: Console, report: Mapping[str, Any]) -> None:
-    rows = difference_rows(report)
+    rows, dtype = difference_rows(report), report["settings"]["dtype"]
+    sampled = report["settings"]["temperature"] > 0
     for one in rows[:SHOWN_DIFFERENCES]:
+        gap = (
+            f"{one['gap']:.1e} apart, {one['gap_in_steps']:.3g} steps of {dtype}"
+            if not sampled
+            else "no matter, as tokens are drawn"
+        )
         console.print(
             f"  {one['id']} ({one['where']}): differs from token {one['position']} on, where the "
-            f"target's own two best logits are {one['gap']:.1e} apart, "
-            f"{one['gap_in_roundings']:.3g} roundings"
+            f"target's own two best logits are {gap}"
         )
     if len(rows) > SHOWN_DIFFERENCES:
-        console.print(f"  and {len(rows) - SHOWN_DIFFERENCES} with smaller gaps (report.json)")
+        console.print(
+            f"  and {len(rows) - SHOWN_DIFFERENCES} more, with smaller gaps (report.json)"
+        )
     if any(not one["near_tie"] for one in rows):
-        dtype = report["settings"]["dtype"]
         console.print(
             "  in float32 this is an error of Aerie: please report it"
             if dtype == "float32"
@@ -214,7 +266,11 @@ def _print_differences(console: Console, report: Mapping[str, Any]) -> None:
 
 def _task_table(report: Mapping[str, Any]) -> Table:
     rows = task_rows(report)
-    table = Table(title="By task, and share accepted at each depth where the one before was")
+    temperature = f"{report['settings']['temperature']:g}"
+    table = Table(
+        title=f"By task at temperature {temperature}, and share accepted at each depth where the "
+        "one before was"
+    )
     for heading in ("task", "way", "τ", "speedup", *map(str, range(1, depths_shown(rows) + 1))):
         table.add_column(heading, justify="left" if heading in ("task", "way") else "right")
     before = None

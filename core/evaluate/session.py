@@ -10,6 +10,7 @@ from core.config import Config
 from core.data.conversations import Message
 from core.data.prompts import Prompt
 from core.data.template import encode_prompt
+from core.decode.answering import seed_of
 from core.decode.load import load_decoder
 from core.decode.tree import TreePlan
 from core.errors import ConfigError, InputError
@@ -25,7 +26,9 @@ from core.evaluate.speculation import (
     BASELINE,
     Answer,
     Difference,
+    Draw,
     PromptResult,
+    ResultKey,
     find_difference,
 )
 from core.evaluate.ways import CHOSEN, FOREIGN, Ways, rotated
@@ -90,7 +93,9 @@ class EvaluationSession:
             for way in self.ways.batched:
                 check_batch(way, together, self.config.eval.max_new_tokens)
 
-    def answer(self, prompt: Prompt, turn: int, said: Sequence[str] = ()) -> Iterator[PromptResult]:
+    def answer(
+        self, prompt: Prompt, turn: int, said: Sequence[str] = (), temperature: float = 0.0
+    ) -> Iterator[PromptResult]:
         """Answer one prompt in every way, turn by turn, as far as `eval.turns` goes.
 
         Every way answers a turn on top of the baseline's answers to those before, so that all
@@ -100,19 +105,21 @@ class EvaluationSession:
             prompt: to answer.
             turn: counts prompts from 0.
             said: the baseline's answers to the turns that are answered already.
+            temperature: of all answers.
         """
         answers = list(said)
         for name in prompt.ids(self.config.eval.turns)[len(answers) :]:
-            result = self._answer_turn(prompt, name, prompt.after(answers), turn)
+            draw = self._draw(name, temperature)
+            result = self._answer_turn(prompt, name, prompt.after(answers), turn, draw)
             yield result
             answers.append(result.text)
 
     def _answer_turn(
-        self, prompt: Prompt, name: str, messages: Sequence[Message], turn: int
+        self, prompt: Prompt, name: str, messages: Sequence[Message], turn: int, draw: Draw
     ) -> PromptResult:
         target = self.decoder.target
         prompt_ids = encode_prompt(target.tokenizer, messages)
-        ways = self.ways.of(prompt_ids, turn, self.config.eval.max_new_tokens)
+        ways = self.ways.of(prompt_ids, turn, self.config.eval.max_new_tokens, draw)
         repeats = [_in_turn(ways, turn + repeat) for repeat in range(self.config.eval.repeats)]
         answers = {way: tuple(repeat[way] for repeat in repeats) for way in ways}
         baseline = answers[BASELINE][0]
@@ -123,22 +130,31 @@ class EvaluationSession:
             prompt_tokens=len(prompt_ids),
             text=target.tokenizer.decode(baseline.token_ids, skip_special_tokens=True),
             answers=answers,
-            differences=_differences(target, prompt_ids, answers),
+            differences=_differences(target, prompt_ids, answers, draw.temperature > 0),
+            temperature=draw.temperature,
         )
 
+    def _draw(self, name: str, temperature: float) -> Draw:
+        """The same for all ways and repeats, which thereby do the same work."""
+        return Draw(temperature, seed_of(self.config.eval.seed, name, 0))
+
     def questions(
-        self, prompts: Sequence[Prompt], results: Mapping[str, PromptResult]
+        self,
+        prompts: Sequence[Prompt],
+        results: Mapping[ResultKey, PromptResult],
+        temperature: float = 0.0,
     ) -> list[Question]:
         """What is asked in batches: every turn of the prompts, after the baseline's answers."""
         found = []
         for prompt in prompts:
             names = prompt.ids(self.config.eval.turns)
-            said = [results[name].text for name in names]
+            said = [results[temperature, name].text for name in names]
             for turn, name in enumerate(names):
                 messages = prompt.after(said[:turn])
                 prompt_ids = encode_prompt(self.decoder.target.tokenizer, messages)
-                wanted = results[name].answers[BASELINE][0].token_ids
-                found.append(Question(name, tuple(prompt_ids), wanted))
+                wanted = results[temperature, name].answers[BASELINE][0].token_ids
+                draw = self._draw(name, temperature)
+                found.append(Question(name, tuple(prompt_ids), wanted, draw))
         return found
 
     def run_batches(
@@ -147,10 +163,11 @@ class EvaluationSession:
         """Every way at every batch size, once a repeat, in turn; and one run with arrivals.
 
         Args:
-            questions: at least one.
+            questions: at least one, of one temperature.
             done: runs that are left out.
         """
         settings = self.config.eval
+        temperature = questions[0].draw.temperature
         for batch_size in settings.batch_sizes:
             run = partial(
                 run_batch,
@@ -162,7 +179,7 @@ class EvaluationSession:
                 (way, repeat)
                 for repeat in range(settings.repeats)
                 for way in rotated(self.ways.batched, repeat)
-                if (batch_size, repeat, way.name, 0.0) not in done
+                if (temperature, batch_size, repeat, way.name, 0.0) not in done
             ]
             if todo:
                 warm_up_batch(todo[0][0], questions, batch_size)
@@ -170,7 +187,7 @@ class EvaluationSession:
                 yield run(way, repeat=repeat)
             if settings.arrivals:
                 chosen = next(way for way in self.ways.batched if way.name == CHOSEN)
-                if (batch_size, 0, CHOSEN, settings.arrivals) not in done:
+                if (temperature, batch_size, 0, CHOSEN, settings.arrivals) not in done:
                     yield run(chosen, arrivals=settings.arrivals)
 
     def _warm_up(self) -> None:
@@ -186,14 +203,17 @@ def _in_turn(ways: Mapping[str, Callable[[], Answer]], turn: int) -> dict[str, A
 
 
 def _differences(
-    target: Target, prompt_ids: Sequence[int], answers: Mapping[str, Sequence[Answer]]
+    target: Target,
+    prompt_ids: Sequence[int],
+    answers: Mapping[str, Sequence[Answer]],
+    sampled: bool,
 ) -> dict[str, Difference]:
     """Where Aerie's ways leave the baseline's first answer, the baseline's repeats among them."""
     wanted = answers[BASELINE][0].token_ids
     found: dict[str, Difference] = {}
     for way, repeats in answers.items():
         for got in repeats if way not in FOREIGN else ():
-            place = find_difference(target, prompt_ids, wanted, got.token_ids)
+            place = find_difference(target, prompt_ids, wanted, got.token_ids, sampled=sampled)
             if place is not None:
                 found.setdefault(way, place)
     return found

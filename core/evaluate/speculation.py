@@ -16,14 +16,32 @@ from typing import Any
 import torch
 
 from core.decode.engine import SpeculativeDecoder
+from core.decode.sampling import SamplingSettings
 from core.decode.tree import TreePlan
 from core.models.target import Target
 
 NEAR_TIE = 1e-4
 REPETITION_NGRAM = 4
+ResultKey = tuple[float, str]
 BASELINE = "autoregressive"
 HF_GENERATE = "hf_generate"
 HF_LOOKUP = "hf_prompt_lookup"
+
+
+@dataclass(frozen=True)
+class Draw:
+    """How an answer's tokens are chosen.
+
+    Attributes:
+        seed: of what is drawn. For a seed, Aerie's text is the same whatever trees are verified,
+            so that answers can be compared at any temperature.
+    """
+
+    temperature: float = 0.0
+    seed: int = 0
+
+
+GREEDY = Draw()
 
 
 @dataclass(frozen=True)
@@ -56,17 +74,19 @@ class Difference:
     Attributes:
         position: index of the first different token.
         gap: difference of the target's own two largest logits there.
-        roundings: the same in units of what the target's dtype can tell apart at that size.
+        steps: the same in steps between neighbouring values of the target's dtype at that size.
+        sampled: the token was drawn, and a gap says nothing about how close the draw was.
     """
 
     position: int
     gap: float
-    roundings: float
+    steps: float
+    sampled: bool = False
 
     @property
     def near_tie(self) -> bool:
         """Whether rounding alone explains it."""
-        return self.gap < NEAR_TIE
+        return self.gap < NEAR_TIE and not self.sampled
 
 
 @dataclass
@@ -75,6 +95,7 @@ class PromptResult:
 
     Attributes:
         text: the baseline's.
+        temperature: of all answers.
         answers: by way, one a repeat.
         differences: ways that left the baseline's tokens in any repeat, and where first.
     """
@@ -86,6 +107,12 @@ class PromptResult:
     answers: dict[str, tuple[Answer, ...]] = field(default_factory=dict)
     differences: dict[str, Difference] = field(default_factory=dict)
     category: str | None = None
+    temperature: float = 0.0
+
+    @property
+    def key(self) -> ResultKey:
+        """What tells it from the others of an evaluation."""
+        return self.temperature, self.id
 
     @property
     def timed(self) -> bool:
@@ -126,11 +153,18 @@ def decode(
     prompt_ids: Sequence[int],
     max_new_tokens: int,
     plan: TreePlan | None,
+    draw: Draw = GREEDY,
 ) -> Answer:
-    """Answer a prompt greedily with Aerie's decoder; without a plan, as the decoder chooses."""
+    """Answer a prompt with Aerie's decoder; without a plan, with the tree that it chooses."""
     started = time.perf_counter()
     rounds = list(
-        decoder.generate(prompt_ids, max_new_tokens=max_new_tokens, temperature=0, plan=plan)
+        decoder.generate(
+            prompt_ids,
+            max_new_tokens=max_new_tokens,
+            temperature=draw.temperature,
+            seed=draw.seed,
+            plan=plan,
+        )
     )
     seconds = time.perf_counter() - started
     after_prompt = [done for done in rounds if done.tree_size]
@@ -147,27 +181,44 @@ def decode(
 
 
 def hf_generate(
-    target: Target, prompt_ids: Sequence[int], max_new_tokens: int, lookup_tokens: int = 0
+    target: Target,
+    prompt_ids: Sequence[int],
+    max_new_tokens: int,
+    lookup_tokens: int = 0,
+    settings: SamplingSettings | None = None,
+    seed: int = 0,
 ) -> Answer:
-    """Answer a prompt greedily with HF `generate`, with its prompt lookup where that is asked for.
+    """Answer a prompt with HF `generate`, with its prompt lookup where that is asked for.
 
     Args:
         target: whose model object generates.
         prompt_ids: at least one token.
         max_new_tokens: exact upper limit.
         lookup_tokens: copied at most in a pass, by `prompt_lookup_num_tokens`; 0 copies nothing.
+        settings: temperature, top-p, top-k, min-p; None is greedy.
+        seed: of torch's random numbers; HF's text is not Aerie's for the same one.
     """
     ids_1T = torch.tensor([list(prompt_ids)], device=target.device)
+    sampling: dict[str, Any] = {"do_sample": False}
+    if settings is not None and settings.temperature:
+        torch.manual_seed(seed)
+        sampling = {
+            "do_sample": True,
+            "temperature": settings.temperature,
+            "top_p": settings.top_p,
+            "top_k": settings.top_k,
+            "min_p": settings.min_p or None,
+        }
     started = time.perf_counter()
     with torch.inference_mode():
         output_1T = target.model.generate(
             ids_1T,
             attention_mask=torch.ones_like(ids_1T),
             max_new_tokens=max_new_tokens,
-            do_sample=False,
             eos_token_id=sorted(target.eos_token_ids),
             pad_token_id=min(target.eos_token_ids),
             prompt_lookup_num_tokens=lookup_tokens or None,
+            **sampling,
         )
     seconds = time.perf_counter() - started
     way = HF_LOOKUP if lookup_tokens else HF_GENERATE
@@ -175,7 +226,12 @@ def hf_generate(
 
 
 def find_difference(
-    target: Target, prompt_ids: Sequence[int], wanted: Sequence[int], got: Sequence[int]
+    target: Target,
+    prompt_ids: Sequence[int],
+    wanted: Sequence[int],
+    got: Sequence[int],
+    *,
+    sampled: bool = False,
 ) -> Difference | None:
     """Compare an answer's tokens with the baseline's; None where they are identical."""
     if list(got) == list(wanted):
@@ -187,7 +243,7 @@ def find_difference(
     logits_V = target.logits(target.features(ids_1T)[0, -1:])[0].float()
     first, second = logits_V.topk(2).values.tolist()
     step = torch.finfo(target.dtype).eps * 2.0 ** math.floor(math.log2(max(abs(first), 1e-30)))
-    return Difference(same, first - second, (first - second) / step)
+    return Difference(same, first - second, (first - second) / step, sampled)
 
 
 def repetition_rate(token_ids: Sequence[int]) -> float:

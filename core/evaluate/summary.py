@@ -45,7 +45,7 @@ def difference_figures(difference: Difference) -> dict[str, Any]:
     return {
         "position": difference.position,
         "gap": difference.gap,
-        "gap_in_roundings": difference.roundings,
+        "gap_in_steps": difference.steps,
         "near_tie": difference.near_tie,
     }
 

@@ -8,19 +8,22 @@ or in HF's hands.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar
 
 from core.config import Config, EvalConfig
 from core.decode.engine import SpeculativeDecoder
 from core.decode.load import LoadedDecoder, untrained_head
+from core.decode.sampling import SamplingSettings
 from core.decode.tree import PLAIN, TreePlan
 from core.evaluate.speculation import (
     BASELINE,
+    GREEDY,
     HF_GENERATE,
     HF_LOOKUP,
     Answer,
+    Draw,
     decode,
     hf_generate,
 )
@@ -100,6 +103,7 @@ class Ways:
             num_threads: torch threads of this process on CPU.
         """
         self.settings: EvalConfig = config.eval
+        self.sampling = SamplingSettings.of(config.decode)
         decoder = loaded.decoder
         self.fixed = [DecoderWay(name, decoder, plan) for name, plan in fixed_plans(config).items()]
         self.aeries = [
@@ -115,7 +119,11 @@ class Ways:
             self.outside = _outside(config, decoder.target, num_threads)
 
     def of(
-        self, prompt_ids: Sequence[int], number: int, max_new_tokens: int
+        self,
+        prompt_ids: Sequence[int],
+        number: int,
+        max_new_tokens: int,
+        draw: Draw = GREEDY,
     ) -> dict[str, Callable[[], Answer]]:
         """What answers a prompt, by name, the baseline first.
 
@@ -123,16 +131,24 @@ class Ways:
             prompt_ids: the prompt.
             number: counts prompts from 0; some ways answer the first ones alone.
             max_new_tokens: limit of all.
+            draw: how tokens are chosen.
         """
         ways: dict[str, Callable[[], Answer]] = {
             way.name: partial(
-                decode, way.decoder, way.name, prompt_ids, max_new_tokens, plan=way.plan
+                decode, way.decoder, way.name, prompt_ids, max_new_tokens, way.plan, draw
             )
             for way in self.aeries
             if way.prompts is None or number < way.prompts
         }
         if self.outside is not None and number < self.settings.hf_generate_prompts:
-            hf = partial(hf_generate, self.outside, prompt_ids, max_new_tokens)
+            hf = partial(
+                hf_generate,
+                self.outside,
+                prompt_ids,
+                max_new_tokens,
+                settings=replace(self.sampling, temperature=draw.temperature),
+                seed=draw.seed,
+            )
             ways[HF_GENERATE] = hf
             if self.settings.hf_lookup_tokens:
                 ways[HF_LOOKUP] = partial(hf, lookup_tokens=self.settings.hf_lookup_tokens)

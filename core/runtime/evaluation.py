@@ -70,7 +70,12 @@ def _prompt_files(config: Config) -> dict[str, Path]:
 
 
 def check_tree_sizes(config: Config) -> None:
-    """Raise ConfigError where a fixed tree size is more than top-k and depth can fill."""
+    """Raise ConfigError where a fixed tree size is more than top-k and depth can fill.
+
+    Or where a temperature stands twice.
+    """
+    if len(set(config.eval.temperatures)) < len(config.eval.temperatures):
+        raise ConfigError(f"eval.temperatures={list(config.eval.temperatures)} repeats one")
     for plan in fixed_plans(config).values():
         if plan.total_tokens > most_tokens(plan):
             raise ConfigError(
@@ -98,21 +103,30 @@ def evaluate_draft(config: Config, folder: RunFolder) -> Mapping[str, Any]:
     about_file = folder.path / "about.json"
     about = json.loads(about_file.read_text()) if about_file.exists() else None
     names = [name for prompt in prompts for name in prompt.ids(config.eval.turns)]
-    work = unanswered(prompts, results, config.eval.turns)
+    temperatures = config.eval.temperatures
+    work = unanswered(prompts, results, config.eval.turns, temperatures)
     if work or len(runs) < _num_runs(config):
         evaluators = Evaluators(config, prompts, about)
         about = evaluators.about
         write_atomically(about_file, json.dumps(about).encode())
         say(STAGE, f"chosen tree: {about['chosen']['total_tokens']} nodes")
         if work:
-            collect_answers(evaluators.answer(work), len(names), outputs, results)
+            total = len(names) * len(temperatures)
+            collect_answers(evaluators.answer(work), total, outputs, results)
         done = {run.key for run in runs}
         if config.eval.batch_sizes:
             collect_batches(evaluators.run_batches(prompts, results, done), batch_file, runs)
         evaluators.stop()
+    first, *others = (
+        {
+            **summarize([results[t, name] for name in names], list(fixed_plans(config))),
+            "batches": summarize_batches([run for run in runs if run.temperature == t]),
+        }
+        for t in temperatures
+    )
     report = {
-        **summarize([results[name] for name in names], list(fixed_plans(config))),
-        "batches": summarize_batches(runs),
+        **first,
+        "at_temperature": dict(zip(map(str, temperatures[1:]), others, strict=True)),
         **(about or {}),
         "settings": _settings(config),
     }
@@ -136,14 +150,15 @@ def _num_runs(config: Config) -> int:
     """Of batches."""
     settings = config.eval
     timed = settings.repeats * (2 + len(fixed_plans(config)))
-    return len(settings.batch_sizes) * (timed + bool(settings.arrivals))
+    runs = len(settings.batch_sizes) * (timed + bool(settings.arrivals))
+    return runs * len(settings.temperatures)
 
 
 def _settings(config: Config) -> dict[str, Any]:
     return {
         "dtype": config.target.dtype,
         "max_new_tokens": config.eval.max_new_tokens,
-        "temperature": 0,
+        "temperature": config.eval.temperatures[0],
         "repeats": config.eval.repeats,
         "ngram_match": config.decode.ngram_match,
         "hf_model": config.eval.hf_model,

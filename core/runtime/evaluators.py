@@ -21,8 +21,9 @@ from core.config import Config
 from core.data.prompts import Prompt
 from core.decode.tree import TreePlan
 from core.evaluate.batches import BatchKey, BatchRun, Question
+from core.evaluate.memory import memory_figures
 from core.evaluate.session import EvaluationSession
-from core.evaluate.speculation import PromptResult
+from core.evaluate.speculation import PromptResult, ResultKey
 from core.paths import write_atomically
 from core.progress import Progress, say
 from core.runtime.pool import PoolSize, replicas_that_fit
@@ -39,23 +40,28 @@ class Unanswered:
         number: the prompt's place, from 0.
         prompt: itself.
         said: the answers that an interrupted run got to the turns before.
+        temperature: of the answers.
     """
 
     number: int
     prompt: Prompt
     said: tuple[str, ...]
+    temperature: float = 0.0
 
 
 def unanswered(
-    prompts: Sequence[Prompt], results: Mapping[str, PromptResult], turns: int | None
+    prompts: Sequence[Prompt],
+    results: Mapping[ResultKey, PromptResult],
+    turns: int | None,
+    temperatures: Sequence[float] = (0.0,),
 ) -> list[Unanswered]:
-    """What an interrupted run has left to do."""
+    """What an interrupted run has left to do, one temperature after the other."""
     found = []
-    for number, prompt in enumerate(prompts):
-        names = prompt.ids(turns)
+    for temperature, (number, prompt) in itertools.product(temperatures, enumerate(prompts)):
+        names = [(temperature, name) for name in prompt.ids(turns)]
         said = [results[name].text for name in itertools.takewhile(results.__contains__, names)]
         if len(said) < len(names):
-            found.append(Unanswered(number, prompt, tuple(said)))
+            found.append(Unanswered(number, prompt, tuple(said), temperature))
     return found
 
 
@@ -76,6 +82,7 @@ class Evaluator:
             "calibration": self.session.calibration,
             "device": name,
             "threads": torch.get_num_threads(),
+            "memory": memory_figures(self.session.decoder.target),
         }
 
     def device(self) -> str:
@@ -91,12 +98,14 @@ class Evaluator:
     def answer_all(self, work: list[Unanswered], timed: bool) -> Iterator[dict[str, Any]]:
         """Results one by one, as they are ready; without seconds where time does not count."""
         for one in work:
-            for result in self.session.answer(one.prompt, one.number, one.said):
+            for result in self.session.answer(one.prompt, one.number, one.said, one.temperature):
                 yield (result if timed else result.untimed()).as_dict()
 
-    def questions(self, prompts: list[Prompt], results: dict[str, PromptResult]) -> list[Question]:
+    def questions(
+        self, prompts: list[Prompt], results: dict[ResultKey, PromptResult], temperature: float
+    ) -> list[Question]:
         """See `EvaluationSession.questions`."""
-        return self.session.questions(prompts, results)
+        return self.session.questions(prompts, results, temperature)
 
     def run_batches(
         self, questions: list[Question], done: set[BatchKey]
@@ -154,12 +163,16 @@ class Evaluators:
             ray.kill(one)
 
     def run_batches(
-        self, prompts: list[Prompt], results: Mapping[str, PromptResult], done: set[BatchKey]
+        self,
+        prompts: list[Prompt],
+        results: Mapping[ResultKey, PromptResult],
+        done: set[BatchKey],
     ) -> Iterator[dict[str, Any]]:
         """Runs as they are ready, by the first replica, which is alone again."""
-        questions = self.first.questions.remote(prompts, dict(results))
-        stream = self.first.run_batches.options(num_returns="streaming").remote(questions, done)
-        yield from _as_they_come([stream])
+        for temperature in self.config.eval.temperatures:
+            questions = self.first.questions.remote(prompts, dict(results), temperature)
+            run = self.first.run_batches.options(num_returns="streaming")
+            yield from _as_they_come([run.remote(questions, done)])
 
     def stop(self) -> None:
         """Free what the first one takes."""
@@ -192,7 +205,7 @@ def _as_they_come(streams: list[Any]) -> Iterator[dict[str, Any]]:
 
 
 def collect_answers(
-    found: Iterator[dict[str, Any]], total: int, path: Path, results: dict[str, PromptResult]
+    found: Iterator[dict[str, Any]], total: int, path: Path, results: dict[ResultKey, PromptResult]
 ) -> None:
     """Write results down as they come, a line each, and take them in."""
     with (
@@ -201,7 +214,8 @@ def collect_answers(
     ):
         for values in found:
             _write_line(file, values)
-            results[values["id"]] = PromptResult.from_dict(values)
+            result = PromptResult.from_dict(values)
+            results[result.key] = result
             answers = itertools.chain.from_iterable(values["answers"].values())
             progress.advance(1, tokens=sum(len(answer["token_ids"]) for answer in answers))
 
@@ -216,7 +230,7 @@ def collect_batches(found: Iterator[dict[str, Any]], path: Path, runs: list[Batc
 
 
 def _described(run: BatchRun) -> str:
-    head = f"{run.batch_size} at a time, {run.way}"
+    head = f"temperature {run.temperature:g}, {run.batch_size} at a time, {run.way}"
     if run.arrivals:
         return f"{head}, random arrivals: {len(run.differences)} of {run.answers} answers differ"
     tokens, seconds = (sum(column) for column in zip(*run.pieces, strict=True))
@@ -228,9 +242,9 @@ def _write_line(file: Any, values: Mapping[str, Any]) -> None:
     file.flush()
 
 
-def read_answers(path: Path) -> dict[str, PromptResult]:
+def read_answers(path: Path) -> dict[ResultKey, PromptResult]:
     """Results of an interrupted run."""
-    return {result.id: result for result in _read_lines(path, PromptResult.from_dict)}
+    return {result.key: result for result in _read_lines(path, PromptResult.from_dict)}
 
 
 def read_batches(path: Path) -> list[BatchRun]:

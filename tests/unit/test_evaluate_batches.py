@@ -68,7 +68,7 @@ def test_the_loop_keeps_all_places_taken_while_time_counts(
     run = run_batch(ways[CHOSEN], questions, batch_size, NEW_TOKENS, repeat=2)
     asked = max(len(questions), 2 * batch_size)
     assert (run.answers, run.differences) == (asked, ())
-    assert run.key == (batch_size, 2, CHOSEN, 0.0)
+    assert run.key == (0.0, batch_size, 2, CHOSEN, 0.0)
     full = next(n for n, count in enumerate([*at_work, 0]) if count < batch_size)
     assert max(at_work) == batch_size and at_work[full:] == sorted(at_work[full:], reverse=True)
     tokens = sum(tokens for tokens, _ in run.pieces)

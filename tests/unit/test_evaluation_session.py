@@ -114,7 +114,9 @@ def test_batches_ask_what_was_asked_alone(config: Config) -> None:
         Prompt("q", "y", (Message("user", "who are you?"),), ("and now?",)),
     ]
     session.check_prompts(prompts)
-    results = {r.id: r for turn, prompt in enumerate(prompts) for r in session.answer(prompt, turn)}
+    results = {
+        r.key: r for turn, prompt in enumerate(prompts) for r in session.answer(prompt, turn)
+    }
     questions = session.questions(prompts, results)
     assert [one.id for one in questions] == ["a", "q/1", "q/2"]
     assert [len(one.prompt_ids) for one in questions] == [r.prompt_tokens for r in results.values()]
@@ -125,13 +127,42 @@ def test_batches_ask_what_was_asked_alone(config: Config) -> None:
         key
         for size in (1, 3)
         for key in [
-            *((size, n // 3, way, 0.0) for n, way in enumerate(turned)), (size, 0, CHOSEN, 2.0),
+            *((0.0, size, n // 3, way, 0.0) for n, way in enumerate(turned)),
+            (0.0, size, 0, CHOSEN, 2.0),
         ]
     ]  # fmt: skip
     assert not any(run.differences for run in runs)
     assert sum(run.answers for run in runs) == 7 * 3 + 7 * 6
     done = {run.key for run in runs[:6]}
     assert [run.key for run in session.run_batches(questions, done)] == [r.key for r in runs[6:]]
+
+
+def test_at_other_temperatures_a_seeds_text_is_the_same_in_every_way(config: Config) -> None:
+    config = config.replace(
+        eval={
+            "batch_sizes": [3], "temperatures": [0.0, 1.0], "repeats": 2, "hf_lookup_tokens": 2,
+        }
+    )  # fmt: skip
+    session = EvaluationSession(config, 1, None)
+    prompts = [_prompt("a", "x"), _prompt("b", "x", "who are you?")]
+    (greedy, *_), drawn = (
+        [r for n, prompt in enumerate(prompts) for r in session.answer(prompt, n, (), t)]
+        for t in (0.0, 1.0)
+    )
+    assert [result.key for result in drawn] == [(1.0, "a"), (1.0, "b")]
+    assert HF_LOOKUP in drawn[0].answers
+    assert not any(result.differences for result in drawn)
+    texts = [result.answers[BASELINE][0].token_ids for result in (greedy, *drawn)]
+    assert len(set(texts)) == 3
+    results = {result.key: result for result in drawn}
+    questions = session.questions(prompts, results, 1.0)
+    runs = list(session.run_batches(questions, ()))
+    assert {run.temperature for run in runs} == {1.0}
+    assert not any(run.differences for run in runs)
+    # With another seed other tokens are drawn.
+    other = EvaluationSession(config.replace(eval={"seed": 1}), 1, None)
+    (again,) = other.answer(prompts[0], 0, (), 1.0)
+    assert again.answers[BASELINE][0].token_ids != texts[1]
 
 
 def test_batches_that_the_cache_cannot_hold_are_named_before_any_prompt(config: Config) -> None:

@@ -84,6 +84,11 @@ def _report(
         "chosen": {"total_tokens": 8, "depth": 2},
         "calibration": calibration,
         "device": "cpu",
+        "memory": {
+            "weight_bytes_per_token": 270_000_000,
+            "bytes_per_second": 27e9,
+            "tokens_per_second_limit": 100.0,
+        },
         "threads": 2,
         "settings": {
             "dtype": "float32",
@@ -147,7 +152,7 @@ def test_the_page_stands_alone(folder: Path, calibration: dict[str, Any] | None)
         "&#39;", "'"
     )
     assert "3.0e-05" in page and "640" in page
-    by_task = page[page.index("By task and depth") :]
+    by_task = page[page.index("By task and depth, temperature 0") :]
     assert "<td>first_turn</td>" in by_task and "<td>67%</td><td>50%</td>" in by_task
     assert "8.00× (8.00–8.00)" in by_task and "Against the best fixed setting" in page
     assert "the model as transformers loads it" in page
@@ -189,6 +194,8 @@ def test_the_table_in_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     assert re.search(r"  overall: 0\.13× \(0\.13–0\.13\) of tree of 60 nodes", shown)
     assert re.search(r"overall +│ chosen tree, 8 nodes", shown)
     assert "repetition rate of the outputs: 0.0%" in shown
+    assert "a plain step reads 270 MB of weights, and the memory 27.0 GB/s: it allows 100" in shown
+    assert "of which plain decoding has 2%" in shown.replace("\n", " ")
     assert "lossless: 6/8 and 2 near-ties" in shown
     assert "a/1 (tree of 60 nodes): differs from token 2 on" in shown
     assert "a/2 (chosen tree, 8 nodes, 4 at a time, arrivals): differs from token 5" in shown
@@ -198,6 +205,22 @@ def test_the_table_in_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     )
     assert "lossless, 4 at a time: 27/28 and 1 near-ties" in shown
     assert "4 of them with random arrivals" in shown
+
+
+def test_each_temperature_has_tables_of_its_own(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = _report()
+    other["differences"][0]["way"] = CHOSEN
+    report = {**_report(), "at_temperature": {"0.7": other}}
+    print_table(report)
+    shown = capsys.readouterr().out
+    assert shown.index("temperature 0,") < shown.index("temperature 0.7,")
+    assert "a/1 (chosen tree, 8 nodes, temperature 0.7): differs from token 2 on" in shown
+    page = _write(folder, {"evaluate_draft": report}, [])
+    assert "temperature 0, 0.7," in page and "By task and depth, temperature 0.7" in page
+    assert page.count("Several requests at a time") == 2
+    assert page.count("For a seed, speculation draws what plain decoding draws") == 1
 
 
 def test_what_shared_a_device_has_no_speed_to_show(

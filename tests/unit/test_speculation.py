@@ -69,7 +69,7 @@ def test_differences(tiny_target: Target, decoder: SpeculativeDecoder) -> None:
     assert found.gap == pytest.approx(first - second, abs=4e-5)
     assert not found.near_tie
     # float32 tells numbers near `first` apart down to 2^-23 of the power of two below it.
-    assert found.roundings == pytest.approx(
+    assert found.steps == pytest.approx(
         found.gap / 2.0 ** (math.floor(math.log2(abs(first))) - 23), rel=1e-3
     )
     short = find_difference(tiny_target, PROMPT, right, right[:4])

@@ -139,7 +139,7 @@ def test_losslessness_counts_every_answer_of_ours() -> None:
             "way": CHOSEN,
             "position": 4,
             "gap": 1e-5,
-            "gap_in_roundings": 20.0,
+            "gap_in_steps": 20.0,
             "near_tie": True,
         },
         {
@@ -147,7 +147,7 @@ def test_losslessness_counts_every_answer_of_ours() -> None:
             "way": "tree_60",
             "position": 3,
             "gap": 0.5,
-            "gap_in_roundings": 1e6,
+            "gap_in_steps": 1e6,
             "near_tie": False,
         },
     ]

@@ -8,6 +8,7 @@ from pydantic import Field
 
 from core.config.base import Section, field, setting
 
+Temperature = Annotated[float, Field(ge=0)]
 TreeSize = Annotated[int, Field(ge=1)]
 BatchSize = Annotated[int, Field(ge=1)]
 Depth = Annotated[int, Field(ge=0, le=16)]
@@ -34,6 +35,13 @@ class EvalConfig(Section):
         ge=1,
     )
     max_new_tokens: int = field(64, "tokens generated a prompt", ge=1)
+    temperatures: tuple[Temperature, ...] = field(
+        (0.0,),
+        "temperatures of decoding, each measured on all prompts; the first one's figures come "
+        "first in reports, 0 is greedy; decode.top_p and the like hold at all of them",
+        min_length=1,
+    )
+    seed: int = field(0, "of what is drawn at temperatures above 0", ge=0)
     repeats: int = field(
         1,
         "times that every way answers each prompt, in turn; ratios are taken within a repeat, "
