@@ -145,12 +145,18 @@ class SampledBody(Body):
         return self.stream_options is not None and self.stream_options.include_usage
 
     def asked(
-        self, prompt: Prompt, field: str, max_new_tokens: int | None, logprobs: int | None
+        self,
+        prompts: Sequence[Prompt],
+        field: str,
+        max_new_tokens: int | None,
+        logprobs: int | None,
+        *,
+        echo: bool = False,
     ) -> Generation:
-        """What the decoder is asked, with the prompt that a field holds."""
+        """What the decoder is asked, with the prompts that a field holds."""
         bias = {int(token): value for token, value in (self.logit_bias or {}).items()}
         return Generation(
-            prompt,
+            tuple(prompts),
             prompt_field=field,
             choices=self.n,
             max_new_tokens=max_new_tokens,
@@ -168,4 +174,5 @@ class SampledBody(Body):
             seed=self.seed,
             stops=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
             stop_token_ids=tuple(self.stop_token_ids or ()),
+            echo=echo,
         )

@@ -72,7 +72,7 @@ class GenerateRequest(Body):
         """What the decoder is asked; tokens are told of in a stream and in details alone."""
         given = self.parameters
         return Generation(
-            self.inputs,
+            (self.inputs,),
             prompt_field="inputs",
             max_new_tokens=given.max_new_tokens,
             sampling=given.sampling(with_tokens=stream or given.details),

@@ -120,7 +120,24 @@ class ServeConfig(Section):
     api_keys_env: str | None = setting(
         None, "environment variable of the starting process with keys, separated by commas"
     )
+    admin_keys: tuple[Sha256, ...] = setting(
+        (), "SHA-256 of the keys for /admin, which nobody else may call; none closes it"
+    )
+    admin_keys_env: str | None = setting(
+        None, "environment variable of the starting process with keys for /admin"
+    )
+    canary_rounds: int = setting(
+        500, "rounds that a draft head on trial and the one in use must have to be compared", ge=1
+    )
+    canary_gain: float = setting(
+        0.0,
+        "share by which the trial's accepted length must be longer; below 0 it may be shorter",
+        gt=-1,
+    )
     max_request_bytes: int = setting(1_000_000, "longest body of a request", ge=1024)
+    retries: int = setting(
+        3, "other replicas that a request is asked of when the one that answers it dies", ge=0
+    )
     deadline_s: float = setting(
         600.0, "seconds after which an answer is given up, its waiting included", gt=0
     )
