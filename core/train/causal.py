@@ -185,8 +185,8 @@ class CausalTrainee(Trainee):
         passes = plan(
             held_out.selection,
             config,
-            engine.rank,
-            engine.world_size,
+            engine.data_rank,
+            engine.data_size,
             equal=engine.equal_passes,
             drafts=False,
         )
