@@ -78,6 +78,7 @@ def build_api(backend: Backend, desk: Desk, config: ServeConfig) -> FastAPI:
         # Their pages would load scripts from elsewhere; /openapi.json stays.
         docs_url=None,
         redoc_url=None,
+        redirect_slashes=False,
         exception_handlers=EXCEPTION_HANDLERS,  # type: ignore[arg-type]
     )
     api.add_middleware(

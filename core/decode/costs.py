@@ -12,7 +12,7 @@ from core.decode.acceptance import Floats
 
 # How much of a correction the latest measurement makes up.
 NEWEST = 0.1
-# A part that took so many times as long as expected was interrupted: it counts as this.
+# No more is believed of one measurement: a part that was interrupted says nothing.
 LARGEST_SURPRISE = 3.0
 
 
@@ -91,7 +91,7 @@ class CostModel:
 
 
 def _corrected(before: float, ratio: float) -> float:
-    ratio = min(ratio, before * LARGEST_SURPRISE)
+    ratio = min(max(ratio, before / LARGEST_SURPRISE), before * LARGEST_SURPRISE)
     return before + NEWEST * (ratio - before)
 
 

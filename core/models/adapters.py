@@ -8,6 +8,7 @@ record of the target beside it, since adapters on another target give nonsense i
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import warnings
 from collections.abc import Iterator, Mapping
@@ -15,12 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import (
-    LoraConfig,
-    PeftModel,
-    get_peft_model,
-    prepare_model_for_kbit_training,
-)
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
@@ -59,7 +54,7 @@ def load_for_training(
     model = _load(folder, dtype, finetune.method, device).requires_grad_(False)
     if finetune.method != "lora":
         # Norms and output head to float32; what they cost is little beside the rest.
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+        model = _peft().prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     return _with_adapters(model, finetune, seed)
 
 
@@ -120,7 +115,7 @@ def load_adapted(target: Path, adapters: Path) -> nn.Module:
     """
     method = check_adapters(target, adapters)
     model = _load(target, torch.float32, method)
-    return PeftModel.from_pretrained(model, adapters).eval().requires_grad_(False)
+    return _peft().PeftModel.from_pretrained(model, adapters).eval().requires_grad_(False)
 
 
 def merge_adapters(target: Path, adapters: Path) -> nn.Module:
@@ -136,7 +131,7 @@ def merge_adapters(target: Path, adapters: Path) -> nn.Module:
         model = model.dequantize().float()
         # It would be written as quantized still.
         model.config.__dict__.pop("quantization_config", None)
-    return PeftModel.from_pretrained(model, adapters).merge_and_unload()
+    return _peft().PeftModel.from_pretrained(model, adapters).merge_and_unload()
 
 
 def check_adapters(target: Path, adapters: Path) -> str:
@@ -190,7 +185,7 @@ def _with_adapters(model: Any, finetune: FinetuneConfig, seed: int) -> nn.Module
     with torch.random.fork_rng(devices=[]), _quiet_peft():
         torch.manual_seed(seed)
         try:
-            return get_peft_model(model, _lora_config(finetune))
+            return _peft().get_peft_model(model, _lora_config(finetune))
         except ValueError as error:
             raise ConfigError(
                 f"finetune.target_modules={list(finetune.target_modules)}: {error}; name linear "
@@ -198,14 +193,20 @@ def _with_adapters(model: Any, finetune: FinetuneConfig, seed: int) -> nn.Module
             ) from error
 
 
-def _lora_config(finetune: FinetuneConfig) -> LoraConfig:
-    return LoraConfig(
+def _lora_config(finetune: FinetuneConfig) -> Any:
+    return _peft().LoraConfig(
         r=finetune.rank,
         lora_alpha=finetune.alpha,
         lora_dropout=finetune.dropout,
         target_modules=list(finetune.target_modules) or "all-linear",
         task_type="CAUSAL_LM",
     )
+
+
+def _peft() -> Any:
+    """peft, which not every fine-tuning needs; it takes seconds, and bitsandbytes has a say."""
+    quiet_transformers()
+    return importlib.import_module("peft")
 
 
 @contextlib.contextmanager

@@ -4,10 +4,10 @@ A pipeline calls an HF model's own modules without the model's forward pass roun
 to give each layer what that pass would have: rotary angles, a mask, a bias by distance. All of it
 is asked of transformers' functions and the model's own modules, and follows from the positions
 alone. They begin anew with each sequence of a row, by which transformers tells packed sequences
-apart; padding is more of them, and sees nothing but itself.
+apart. Padding stands at the right, where no token sees it.
 
 To add an architecture: a class here, or its `model_type` in the list of one that fits, and its
-line in `tests/parity/test_pipeline.py`. Shapes: B rows, T tokens, H hidden.
+line in `tests/tiny_models.py`. Shapes: B rows, T tokens, H hidden.
 """
 
 from __future__ import annotations

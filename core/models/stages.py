@@ -21,8 +21,6 @@ from typing import Any, cast
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -36,13 +34,10 @@ from transformers.modeling_utils import LoadStateDictConfig
 from core.errors import ConfigError, InputError
 from core.models.partition import BlockCost, estimate_cost
 from core.models.stage_families import StageFamily, family_of, final_norm, output_of
+from core.models.stage_loss import StageLoss
 from core.models.target import quiet_transformers
 from core.models.weights import tensor_files
 
-IGNORED = -100
-"""The target of a token that is not supervised."""
-LOSS_ROWS = 1024
-"""Supervised tokens whose logits there are at a time."""
 Pair = tuple[Tensor, Tensor]
 
 
@@ -362,39 +357,3 @@ class OutputHead(nn.Module):
 
 def _pass_on(_: nn.Module, inputs: Pair) -> Pair:
     return inputs
-
-
-class StageLoss:
-    """Cross-entropy of the supervised tokens, from what leaves the final norm.
-
-    Attributes:
-        scale: what losses are multiplied by before they go backward.
-        sums: sum of losses and number of tokens of each micro-batch since `start`, float64 [2].
-    """
-
-    def __init__(self, head: nn.Module) -> None:
-        """The head maps [S, H] to logits [S, V]."""
-        self._head = head
-        self.start(1.0)
-
-    def start(self, scale: float) -> None:
-        """Forget what was added up."""
-        self.scale, self.sums = scale, cast(list[Tensor], [])
-
-    def __call__(self, outputs: Pair, targets_BT: Tensor) -> Tensor:
-        """The scaled sum of losses of one micro-batch; as DeepSpeed calls it."""
-        supervised_BT = targets_BT != IGNORED
-        hidden_SH, targets_S = outputs[0][supervised_BT], targets_BT[supervised_BT]
-        # A micro-batch without a supervised token has a gradient too, of zeros.
-        loss = outputs[0].sum() * 0.0
-        for rows_SH, wanted_S in zip(
-            hidden_SH.split(LOSS_ROWS), targets_S.split(LOSS_ROWS), strict=True
-        ):
-            # Logits are computed again in the backward pass, so that they are never whole.
-            loss = loss + checkpoint(self._rows, rows_SH, wanted_S, use_reentrant=False)
-        self.sums.append(torch.stack((loss.detach().double(), supervised_BT.sum().double())))
-        return loss * self.scale
-
-    def _rows(self, hidden_SH: Tensor, targets_S: Tensor) -> Tensor:
-        logits_SV = self._head(hidden_SH).float()
-        return functional.cross_entropy(logits_SV, targets_S, reduction="sum")

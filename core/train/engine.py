@@ -37,6 +37,8 @@ class TrainingEngine(ABC):
 
     Attributes:
         module: what is trained; its forward pass is the loss.
+        data_rank: number of this worker's share of every batch.
+        data_size: into how many shares batches are divided.
         equal_passes: whether workers exchange weights in a forward pass, so that each must make
             as many of them as the others, in evaluation too.
     """
@@ -50,6 +52,7 @@ class TrainingEngine(ABC):
             torch.distributed.get_rank(),
             torch.distributed.get_world_size(),
         )
+        self.data_rank, self.data_size = self.rank, self.world_size
         self.module = trainee
         if config.gradient_checkpointing:
             trainee.recompute()
@@ -143,14 +146,18 @@ class TrainingEngine(ABC):
         counts = {"updates": self._updates, "scaler": self._scaler_state()}
         counts["optimizer_steps"] = float(self._state_of(self._masters()[0])["step"])
         shapes = {
-            f"{kind}/{name}": tuple(getattr(parameter, "ds_shape", parameter.shape))
+            f"{kind}/{name}": shape
             for kind in kinds
-            for name, parameter in self.names.items()
+            for name, shape in self._whole_shapes().items()
         }
         metadata = {"counts": json.dumps(counts)}
         with float32_file(folder / FILE, shapes, metadata) as write:
             for name, tensor in self._state(kinds):
                 write(name, tensor)
+
+    def _whole_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of what `_tensors` gives, by name."""
+        return {n: tuple(getattr(p, "ds_shape", p.shape)) for n, p in self.names.items()}
 
     def _tensors(self, moment: str | None) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in self.names.items():

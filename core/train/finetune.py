@@ -7,6 +7,7 @@ worker, which calls `finetune`.
 from __future__ import annotations
 
 import inspect
+import resource
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -175,7 +176,7 @@ def finetune(
         host=host,
         open_log=log_opener(task, output, run_id) if host.rank == 0 else None,
     )
-    figures = _figures(task, loop.run())
+    figures = {**_figures(task, loop.run()), "peak_memory_mib": _peak_memory(device)}
     with host.last_checkpoint() as folder:
         if folder is not None:
             figures["checkpoint_bytes"] = sum(
@@ -187,6 +188,13 @@ def finetune(
     if host.rank == 0:
         figures |= save_result(task, output, loop.best_weights or weights)
     return figures
+
+
+def _peak_memory(device: torch.device) -> float:
+    """Most memory that this worker has held so far, in MiB: the GPU's, or the process's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
 def save_result(task: FinetuneTask, output: Path, weights: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -82,8 +82,8 @@ class TrainingLoop:
         self.training.announce(
             self.order.passes(
                 self.state.step,
-                self.host.rank,
-                self.host.world_size,
+                self.engine.data_rank,
+                self.engine.data_size,
                 self.config.micro_batch_size,
             )
         )
@@ -136,7 +136,7 @@ class TrainingLoop:
         started = time.perf_counter()
         state, order = self.state, self.order
         passes = order.micro_batches(
-            state.step, self.host.rank, self.host.world_size, self.config.micro_batch_size
+            state.step, self.engine.data_rank, self.engine.data_size, self.config.micro_batch_size
         )
         supervised = order.supervised(state.step)
         statistics = [

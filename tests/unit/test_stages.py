@@ -14,14 +14,13 @@ from transformers import AutoModelForCausalLM, Gemma2Config, MistralConfig, Mixt
 
 from core.errors import ConfigError, InputError
 from core.models.partition import balance
+from core.models.stage_loss import IGNORED, StageLoss
 from core.models.stages import (
-    IGNORED,
     DecoderLayer,
     Entry,
     FinalNorm,
     ModelStages,
     OutputHead,
-    StageLoss,
     TokenEmbedding,
 )
 from tests.tiny_models import TINY_CONFIGS, save_tiny
@@ -80,15 +79,16 @@ def test_layers_in_a_row_are_the_model(folder: Path):
     loss = loss_of(stages, ids_BT, targets_BT)
 
     reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    total, count = torch.zeros(()), 0
+    total, count, hits = torch.zeros(()), 0, 0
     for row, start, stop in ((0, 0, 7), (0, 7, 12), (1, 0, 16)):
         logits_TV = reference(ids_BT[row : row + 1, start:stop]).logits[0]
         total = total + functional.cross_entropy(
             logits_TV, targets_BT[row, start:stop], reduction="sum", ignore_index=IGNORED
         )
+        hits += int((logits_TV.argmax(-1) == targets_BT[row, start:stop]).sum())
         count += int((targets_BT[row, start:stop] != IGNORED).sum())
     total.backward()
-    assert loss.sums[0].tolist() == [pytest.approx(total.item(), rel=1e-6), count]
+    assert loss.sums[0].tolist() == [pytest.approx(total.item(), rel=1e-6), count, hits]
     names = stages.names()
     assert list(names) == [name for name, _ in reference.named_parameters()]
     for name, parameter in reference.named_parameters():
