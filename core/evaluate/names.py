@@ -19,11 +19,12 @@ def times(row: Mapping[str, Any], name: str) -> str:
 
 def way_name(report: Mapping[str, Any], way: str) -> str:
     """For people."""
-    settings = report["settings"]
+    settings, auto = report["settings"], report["calibration"] is not None
+    nodes = report["chosen"]["total_tokens"]
     names = {
         BASELINE: "autoregressive (baseline)",
-        CHOSEN: f"chosen tree, {report['chosen']['total_tokens']} nodes",
-        WITHOUT_COPIES: "chosen tree, without copies",
+        CHOSEN: "chosen trees (auto)" if auto else f"chosen tree, {nodes} nodes",
+        WITHOUT_COPIES: f"chosen tree{'s' if auto else ''}, without copies",
         COPIES_ALONE: "copies alone",
         HF_GENERATE: "HF generate",
         HF_LOOKUP: f"HF prompt lookup, {settings.get('hf_lookup_tokens')} tokens",

@@ -20,6 +20,7 @@ from core.paths import write_atomically
 
 TEMPLATE = Path(__file__).with_name("page.html.jinja")
 TERMINAL_WIDTH = 120
+WIDE = ("speedup_by_task.png", "throughput.png")
 SHOWN_PROMPTS = 6
 SHOWN_DIFFERENCES = 12
 
@@ -56,7 +57,11 @@ def write_page(
     evaluation = reports["evaluate_draft"]
     measured = by_temperature(evaluation)
     plots = [
-        {"title": title, "data": base64.b64encode((folders[stage] / name).read_bytes()).decode()}
+        {
+            "title": title,
+            "wide": name in WIDE,
+            "data": base64.b64encode((folders[stage] / name).read_bytes()).decode(),
+        }
         for stage, name, title in PLOTS
         if stage in folders and (folders[stage] / name).exists()
     ]
@@ -65,9 +70,9 @@ def write_page(
         ways=way_rows(evaluation),
         best_fixed=best_fixed(evaluation),
         memory=memory_bound(evaluation) if "memory" in evaluation else None,
-        lossless=lossless(evaluation["overall"]),
+        lossless=lossless(evaluation["overall"], evaluation),
         measured=[_shown_temperature(one) for one in measured],
-        differences=[row for one in measured for row in difference_rows(one)],
+        differences=difference_rows(evaluation),
         reports=reports,
         plots=plots,
         samples=samples,
@@ -101,8 +106,10 @@ def _shown_temperature(report: Mapping[str, Any]) -> dict[str, Any]:
         "temperature": f"{report['settings']['temperature']:g}",
         "by_task": by_task,
         "depths": depths_shown(by_task),
-        "lossless": lossless(report["overall"]),
-        "batches": [{**row, "lossless": lossless(row)} for row in report.get("batches", ())],
+        "lossless": lossless(report["overall"], report),
+        "batches": [
+            {**row, "lossless": lossless(row, report)} for row in report.get("batches", ())
+        ],
         "batch_rows": batch_rows(report),
     }
 
@@ -167,13 +174,22 @@ def depths_shown(rows: Sequence[Mapping[str, Any]]) -> int:
     return max((len(row["acceptance_by_depth"]) for row in rows), default=0)
 
 
-def lossless(row: Mapping[str, Any]) -> str:
-    """`64/64`, or with the near-ties that make up the difference."""
+def lossless(row: Mapping[str, Any], report: Mapping[str, Any]) -> str:
+    """`64/64`, or with what is to be said of the difference.
+
+    Args:
+        row: of a report or of a batch size.
+        report: of this temperature alone.
+    """
     text = f"{row['lossless_identical']}/{row['lossless_total']}"
+    if report["settings"]["temperature"]:
+        # A draw may fall between two tokens by any distance: there is no near-tie to tell.
+        return text
     if row["lossless_near_tie"]:
         text += f" and {row['lossless_near_tie']} near-ties of the target's own logits"
     if wrong := losses(row):
-        text += f"; {wrong} DIFFER WITHOUT A NEAR-TIE"
+        exact = report["settings"]["dtype"] == "float32"
+        text += f"; {wrong} DIFFER WITHOUT A NEAR-TIE" if exact else f"; {wrong} differ"
     return text
 
 
@@ -231,31 +247,28 @@ def _print_temperature(console: Console, report: Mapping[str, Any]) -> None:
     batches = report.get("batches", ())
     if batches:
         console.print(batch_table(report))
-    console.print(f"lossless: {lossless(report['overall'])}")
+    console.print(f"lossless: {lossless(report['overall'], report)}")
     for row in batches:
         of_them = f", {row['arrivals_total']} of them with random arrivals"
-        console.print(f"lossless, {row['batch_size']} at a time: {lossless(row)}{of_them}")
+        console.print(f"lossless, {row['batch_size']} at a time: {lossless(row, report)}{of_them}")
     _print_differences(console, report)
 
 
 def _print_differences(console: Console, report: Mapping[str, Any]) -> None:
     rows, dtype = difference_rows(report), report["settings"]["dtype"]
-    sampled = report["settings"]["temperature"] > 0
-    for one in rows[:SHOWN_DIFFERENCES]:
-        gap = (
-            f"{one['gap']:.1e} apart, {one['gap_in_steps']:.3g} steps of {dtype}"
-            if not sampled
-            else "no matter, as tokens are drawn"
-        )
-        console.print(
-            f"  {one['id']} ({one['where']}): differs from token {one['position']} on, where the "
-            f"target's own two best logits are {gap}"
-        )
-    if len(rows) > SHOWN_DIFFERENCES:
-        console.print(
-            f"  and {len(rows) - SHOWN_DIFFERENCES} more, with smaller gaps (report.json)"
-        )
-    if any(not one["near_tie"] for one in rows):
+    if not rows:
+        return
+    drawn = report["settings"]["temperature"] > 0
+    if not drawn:
+        console.print("  first different token, and the target's own two best logits there:")
+        for one in rows[:SHOWN_DIFFERENCES]:
+            console.print(
+                f"  {one['id']} ({one['where']}): token {one['position']}, {one['gap']:.1e} apart, "
+                f"{one['gap_in_steps']:.3g} steps of {dtype}"
+            )
+        if len(rows) > SHOWN_DIFFERENCES:
+            console.print(f"  and {len(rows) - SHOWN_DIFFERENCES} that are closer (report.json)")
+    if drawn or any(not one["near_tie"] for one in rows):
         console.print(
             "  in float32 this is an error of Aerie: please report it"
             if dtype == "float32"

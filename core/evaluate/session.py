@@ -12,7 +12,6 @@ from core.data.prompts import Prompt
 from core.data.template import encode_prompt
 from core.decode.answering import seed_of
 from core.decode.load import load_decoder
-from core.decode.tree import TreePlan
 from core.errors import ConfigError, InputError
 from core.evaluate.batches import (
     BatchKey,
@@ -40,26 +39,21 @@ WARM_UP_TOKENS = 8
 class EvaluationSession:
     """A loaded decoder, and the ways of decoding to compare."""
 
-    def __init__(self, config: Config, num_threads: int | None, chosen: TreePlan | None) -> None:
-        """Load, measure the tree size where it is `auto`, and warm up.
+    def __init__(self, config: Config, num_threads: int | None) -> None:
+        """Load, measure what the tree policy starts from where it is `auto`, and warm up.
 
         Args:
             config: sections target, draft, decode, eval.
             num_threads: torch threads.
-            chosen: the tree that an interrupted run of this evaluation had chosen.
         """
         # Every way reads the whole prompt: the second one must not find it read.
         config = config.replace(decode={"reuse_prefixes": False})
         self.config = config
-        if chosen is not None:
-            config = config.replace(
-                decode={"total_tokens": chosen.total_tokens, "depth": chosen.depth}
-            )
         loaded = load_decoder(config, num_threads)
         self.decoder = loaded.decoder
         self.calibration = loaded.calibration.summary() if loaded.calibration else None
         self.chosen = self.decoder.plan
-        self.ways = Ways(self.config, loaded, num_threads)
+        self.ways = Ways(config, loaded, num_threads)
         self._warm_up()
 
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:

@@ -7,6 +7,7 @@ or in HF's hands.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -43,7 +44,7 @@ class DecoderWay:
     """A decoder, and the tree of its rounds.
 
     Attributes:
-        plan: None leaves it to the decoder.
+        plan: None leaves it to the decoder, and to its policy where it has one.
         prompts: how many it answers, the first ones; None for all.
     """
 
@@ -168,6 +169,8 @@ def _with_and_without_copies(config: Config, decoder: SpeculativeDecoder) -> lis
         target, decoder.head, config.replace(decode={"ngram_match": 0}).decode
     )
     without.plan = decoder.plan
+    # It begins with what was measured, and learns for itself.
+    without.policy = copy.deepcopy(decoder.policy)
     alone = SpeculativeDecoder(target, None, config.replace(decode={"total_tokens": size}).decode)
     return [
         DecoderWay(WITHOUT_COPIES, without, None),

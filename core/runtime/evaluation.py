@@ -109,7 +109,8 @@ def evaluate_draft(config: Config, folder: RunFolder) -> Mapping[str, Any]:
         evaluators = Evaluators(config, prompts, about)
         about = evaluators.about
         write_atomically(about_file, json.dumps(about).encode())
-        say(STAGE, f"chosen tree: {about['chosen']['total_tokens']} nodes")
+        if about["calibration"]:
+            say(STAGE, f"one request alone: {about['chosen']['total_tokens']} nodes promise most")
         if work:
             total = len(names) * len(temperatures)
             collect_answers(evaluators.answer(work), total, outputs, results)

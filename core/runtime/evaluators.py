@@ -19,7 +19,6 @@ import torch
 
 from core.config import Config
 from core.data.prompts import Prompt
-from core.decode.tree import TreePlan
 from core.evaluate.batches import BatchKey, BatchRun, Question
 from core.evaluate.memory import memory_figures
 from core.evaluate.session import EvaluationSession
@@ -68,12 +67,11 @@ def unanswered(
 class Evaluator:
     """Ray actor around an `EvaluationSession`."""
 
-    def __init__(self, config: Config, chosen: TreePlan | None) -> None:
-        threads = max(1, int(config.eval.cpus))
-        self.session = EvaluationSession(config, threads, chosen)
+    def __init__(self, config: Config) -> None:
+        self.session = EvaluationSession(config, max(1, int(config.eval.cpus)))
 
     def about(self) -> dict[str, Any]:
-        """The chosen tree, how it was chosen, and the machine."""
+        """The tree, or what its policy starts from, and the machine."""
         device = self.session.decoder.target.device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
         chosen = self.session.chosen
@@ -88,7 +86,7 @@ class Evaluator:
     def device(self) -> str:
         """What must not be shared for time to count: a node's CPUs, or GPUs of it."""
         context = ray.get_runtime_context()
-        gpus = ",".join(ray.get_gpu_ids() and map(str, ray.get_gpu_ids()))
+        gpus = ",".join(map(str, ray.get_gpu_ids()))
         return f"{context.get_node_id()}/{gpus}"
 
     def check_prompts(self, prompts: list[Prompt]) -> None:
@@ -116,7 +114,7 @@ class Evaluator:
 
 
 class Evaluators:
-    """One evaluator, which has chosen the tree, and further ones while prompts are answered.
+    """One evaluator, and further ones while prompts are answered.
 
     Attributes:
         about: the first one's.
@@ -133,19 +131,18 @@ class Evaluators:
             UserError: see `EvaluationSession`.
         """
         self.config = config
-        self.first = self._start(_chosen(config, about))
+        self.first = self._start()
+        say(STAGE, "loading, and measuring what drafting and verifying cost")
         ray.get(self.first.check_prompts.remote(prompts))
-        if about is None:
-            say(STAGE, "loading, and measuring which tree size pays")
-            about = ray.get(self.first.about.remote())
-        self.about = about
+        # Of the run that began: what is in the report was measured along with this.
+        self.about = about or ray.get(self.first.about.remote())
 
     def answer(self, work: Sequence[Unanswered]) -> Iterator[dict[str, Any]]:
         """Results as they are ready, from as many replicas as the cluster has room for."""
         settings = self.config.eval
         size = PoolSize(settings.num_replicas, settings.cpus, settings.gpus)
         count = replicas_that_fit(size, len(work), STAGE, "eval.num_replicas")
-        others = [self._start(_chosen(self.config, self.about)) for _ in range(count - 1)]
+        others = [self._start() for _ in range(count - 1)]
         replicas = [self.first, *others]
         devices = ray.get([one.device.remote() for one in replicas])
         shared = Counter(devices)
@@ -178,7 +175,7 @@ class Evaluators:
         """Free what the first one takes."""
         ray.kill(self.first)
 
-    def _start(self, chosen: TreePlan | None) -> Any:
+    def _start(self) -> Any:
         settings = self.config.eval
         threads = str(max(1, int(settings.cpus)))
         options = {
@@ -187,11 +184,7 @@ class Evaluators:
             # OpenMP reads this when torch is loaded, before any code of ours runs.
             "runtime_env": {"env_vars": {"OMP_NUM_THREADS": threads}},
         }
-        return ray.remote(Evaluator).options(**options).remote(self.config, chosen)
-
-
-def _chosen(config: Config, about: Mapping[str, Any] | None) -> TreePlan | None:
-    return None if about is None else TreePlan(**about["chosen"], top_k=config.decode.top_k)
+        return ray.remote(Evaluator).options(**options).remote(self.config)
 
 
 def _as_they_come(streams: list[Any]) -> Iterator[dict[str, Any]]:
