@@ -1,4 +1,7 @@
-"""Talk to a served model in the terminal: `aerie chat --url http://127.0.0.1:8000`."""
+"""Talk to a model in the terminal: `aerie chat --url http://127.0.0.1:8000`, or one in a folder.
+
+`aerie chat --model <folder>` loads an HF folder (or a hub id) into this process, without a server.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +10,20 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
 from rich.console import Console
 from rich.text import Text
 
-from core.errors import EXIT_DONE, EXIT_FAILURE
+from core.config import Config
+from core.errors import EXIT_DONE, EXIT_FAILURE, UserError
+from core.runtime.job import guarded
 
+if TYPE_CHECKING:
+    from serve.local_chat import LocalChat
+
+LONGEST_ANSWER = 512
 HELP = "/reset forgets the conversation, /stats shows the last answer's figures, /quit leaves"
 
 
@@ -55,7 +64,12 @@ class Chat:
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="aerie chat", description=__doc__, epilog=HELP)
-    parser.add_argument("--url", default="http://127.0.0.1:8000", help="of the server")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--url", default="http://127.0.0.1:8000", help="of the server")
+    where.add_argument("--model", help="HF folder or hub id, loaded here instead of a server")
+    bits = parser.add_mutually_exclusive_group()
+    bits.add_argument("--load-in-8bit", action="store_true", help="with --model: int8 weights")
+    bits.add_argument("--load-in-4bit", action="store_true", help="with --model: NF4 weights")
     parser.add_argument("--temperature", type=float, help="the server's default if not given")
     parser.add_argument("--max-tokens", type=int, help="longest answer, in tokens")
     parser.add_argument(
@@ -69,6 +83,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = {"temperature": arguments.temperature, "max_tokens": arguments.max_tokens}
     settings = {name: value for name, value in given.items() if value is not None}
     console = Console(highlight=False)
+    if arguments.model:
+        return guarded(lambda: _here(console, arguments), "aerie chat")
+    if arguments.load_in_8bit or arguments.load_in_4bit:
+        parser.error("--load-in-8bit and --load-in-4bit go with --model: a server has loaded its")
     with httpx.Client(
         base_url=arguments.url,
         timeout=httpx.Timeout(10, read=None),
@@ -91,7 +109,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     return EXIT_DONE
 
 
-def _converse(console: Console, chat: Chat) -> None:
+def _here(console: Console, arguments: argparse.Namespace) -> None:
+    # torch, where a server is asked, would be loaded for nothing.
+    from serve.local_chat import LocalChat
+
+    bits = "int8" if arguments.load_in_8bit else "nf4" if arguments.load_in_4bit else "none"
+    config = Config().replace(
+        target={"path": arguments.model, "quantization": bits},
+        decode={"temperature": arguments.temperature or 0.0},
+    )
+    chat = LocalChat(config, arguments.max_tokens or LONGEST_ANSWER)
+    console.print(f"{arguments.model}. {HELP}.", style="dim")
+    _converse(console, chat)
+
+
+def _converse(console: Console, chat: Chat | LocalChat) -> None:
     while True:
         try:
             line = console.input("[bold]› [/]").strip()
@@ -111,14 +143,14 @@ def _converse(console: Console, chat: Chat) -> None:
             _answer(console, chat, line)
 
 
-def _answer(console: Console, chat: Chat, question: str) -> None:
+def _answer(console: Console, chat: Chat | LocalChat, question: str) -> None:
     try:
         for span, drafted in chat.ask(question):
             console.print(Text(span, style="green" if drafted else ""), end="")
         console.print()
     except KeyboardInterrupt:
         console.print("\nstopped", style="dim")
-    except httpx.HTTPError as error:
+    except (httpx.HTTPError, UserError) as error:
         console.print(Text(f"\n{error}", style="red"))
 
 

@@ -1,4 +1,4 @@
-"""Two processes that stay, joined by gloo: workers for tests without Ray."""
+"""Processes that stay, joined by gloo: workers for tests without Ray."""
 
 from __future__ import annotations
 
@@ -8,21 +8,24 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 PATIENCE_SECONDS = 240
 
 
 class TwoWorkers:
-    """Calls functions in both at the same time; they must be importable by name."""
+    """Calls functions in all at the same time; they must be importable by name."""
+
+    count = 2
 
     def __init__(self, folder: Path) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipes: list[Any] = []
         self._processes: list[Any] = []
-        for rank in range(2):
+        for rank in range(self.count):
             here, there = context.Pipe()
-            process = context.Process(target=_work, args=(rank, folder / "group", there))
+            about = (rank, self.count, folder / "group", there)
+            process = context.Process(target=_work, args=about)
             process.start()
             self._pipes.append(here)
             self._processes.append(process)
@@ -39,7 +42,7 @@ class TwoWorkers:
             found.append(result)
         return found
 
-    def __enter__(self) -> TwoWorkers:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -53,15 +56,21 @@ class TwoWorkers:
             process.join()
 
 
-def _work(rank: int, group: Path, pipe: Any) -> None:
-    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "OMP_NUM_THREADS": 1}
+class FourWorkers(TwoWorkers):
+    """Twice as many."""
+
+    count = 4
+
+
+def _work(rank: int, count: int, group: Path, pipe: Any) -> None:
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "OMP_NUM_THREADS": 1}
     os.environ.update({name: str(value) for name, value in names.items()})
     os.environ["DS_ACCELERATOR"] = "cpu"
     import torch
 
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{group}", rank=rank, world_size=2
+        "gloo", init_method=f"file://{group}", rank=rank, world_size=count
     )
     while True:
         function, arguments = pipe.recv()

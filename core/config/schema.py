@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from pydantic import field_validator
+from pydantic import field_validator, model_validator
 
 from core.config import sections
 from core.config.base import Section, setting
@@ -24,6 +24,7 @@ class Config(Section):
     features: sections.FeaturesConfig = sections.FeaturesConfig()
     draft: AnyDraftConfig = DRAFT_CONFIGS[DEFAULT_DRAFT_KIND].model_validate({})
     train: sections.TrainConfig = sections.TrainConfig()
+    finetune: sections.FinetuneConfig = sections.FinetuneConfig()
     decode: sections.DecodeConfig = sections.DecodeConfig()
     eval: sections.EvalConfig = sections.EvalConfig()
     export: sections.ExportConfig = sections.ExportConfig()
@@ -39,6 +40,11 @@ class Config(Section):
         if isinstance(value, dict):
             return {"kind": DEFAULT_DRAFT_KIND, **value}
         return value
+
+    @model_validator(mode="after")
+    def _finetuning_is_possible(self) -> Config:
+        sections.check_finetuning(self.finetune, self.train)
+        return self
 
     def replace(self, **changes: Any) -> Config:
         """A validated copy; a section's changes are a mapping: `replace(target={"path": p})`.

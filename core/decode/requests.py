@@ -8,6 +8,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from core.decode.acceptance import RequestRecord
 from core.decode.ngram import NgramIndex
 from core.decode.phases import NO_SECONDS, PhaseSeconds
 from core.decode.rows import Stretch
@@ -30,7 +31,7 @@ class Request:
         seed: of the random numbers; None draws one.
         stop_token_ids: besides the target's end tokens. A stop token ends the answer and is the
             last token given.
-        plan: tree of every round; None takes the decoder's.
+        plan: tree of every round; None takes the decoder's, or leaves it to its policy.
     """
 
     prompt_ids: Sequence[int]
@@ -84,11 +85,13 @@ class DecodedSequence:
     Attributes:
         id: as `submit` gave it.
         request: what is asked.
-        plan: tree of its rounds.
+        plan: tree of its rounds; where it is adaptive, the largest.
         stops: tokens that end it.
         num_rows: of the caches, that it may need.
         drafted: whether a drafter reads its features.
         ngrams: its text, where what followed before is drafted too.
+        adaptive: whether each round's tree is chosen anew.
+        record: how its drafted nodes fared.
         tokens: prompt and answer, committed.
         stretch: its rows; None while it waits.
         cached: tokens whose rows the target's cache holds; without the last one, while it decodes.
@@ -104,6 +107,8 @@ class DecodedSequence:
     num_rows: int
     drafted: bool = False
     ngrams: NgramIndex | None = None
+    adaptive: bool = False
+    record: RequestRecord = field(default_factory=RequestRecord)
     tokens: list[int] = field(init=False)
     sampler: Sampler = field(init=False)
     stretch: Stretch | None = None

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
@@ -36,7 +36,7 @@ def load_output_head(folder: Path) -> Tensor:
 
 
 def _load(folder: Path, find: Callable[[PreTrainedModel], Any], what: str) -> Tensor:
-    files = _tensor_files(folder)
+    files = tensor_files(folder)
     model = _without_weights(folder)
     layer = find(model)
     if layer is None:
@@ -82,8 +82,12 @@ def _stored_names(model: PreTrainedModel, weight: Tensor) -> list[str]:
     return list(dict.fromkeys((*own, *bare, *revert_weight_conversion(model, own))))
 
 
-def _tensor_files(folder: Path) -> dict[str, Path]:
-    """Tensor name → the file that holds it."""
+def tensor_files(folder: Path) -> dict[str, Path]:
+    """Tensor name → the file that holds it.
+
+    Raises:
+        InputError: no safetensors files, or the only one is damaged.
+    """
     index = folder / "model.safetensors.index.json"
     if index.exists():
         mapping: dict[str, str] = json.loads(index.read_text())["weight_map"]
@@ -94,5 +98,8 @@ def _tensor_files(folder: Path) -> dict[str, Path]:
             f"{folder}: no model.safetensors and no model.safetensors.index.json; convert the "
             "checkpoint to safetensors first (jobs.convert_model)"
         )
-    with safe_open(single, framework="pt") as file:
-        return dict.fromkeys(file.keys(), single)
+    try:
+        with safe_open(single, framework="pt") as file:
+            return dict.fromkeys(file.keys(), single)
+    except SafetensorError as error:
+        raise InputError(f"{single} cannot be read ({error}); copy the folder anew") from error

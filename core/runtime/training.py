@@ -1,46 +1,25 @@
-"""train_draft: a draft head trained by Ray Train workers, each with a DeepSpeed engine.
-
-Ray Train starts the workers, replaces lost ones and keeps the checkpoints; the folder and the
-name of its run are always the same, so that a new driver goes on where a killed one was.
-"""
+"""train_draft: a draft head trained by Ray Train workers, each with a DeepSpeed engine."""
 
 from __future__ import annotations
 
 import functools
-import json
-import logging
-import os
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import ray
 import torch
-from ray.train import (
-    Checkpoint,
-    CheckpointConfig,
-    CheckpointConsistencyMode,
-    FailureConfig,
-    RunConfig,
-    ScalingConfig,
-)
-from ray.train.torch import TorchConfig, TorchTrainer, get_device
-from ray.train.v2.api.config import LoggingConfig
 
-from core.config import Config, TrainConfig
-from core.errors import AerieError, ConfigError, StageError, UserError
+from core.config import Config
+from core.errors import AerieError, ConfigError
 from core.models.target import target_folder, target_location
 from core.paths import resolve_path
-from core.progress import Progress, say
+from core.progress import say
 from core.provenance import RunFolder
 from core.runtime.extraction import extraction_inputs, plan_manifest
 from core.runtime.resources import Resources
-from core.runtime.streaming import FeatureStream, StreamBroken, feature_stream, streams
-from core.runtime.watching import Watcher
-from core.tracking import read_metrics
+from core.runtime.streaming import FeatureStream, feature_stream, streams
+from core.runtime.workers import Follower, RayHost, WorkerGroup, on_worker
 from core.train.curves import plot_curves
 from core.train.evaluation import ACCEPTED_LENGTH
 from core.train.task import (
@@ -52,20 +31,9 @@ from core.train.task import (
     train,
 )
 
-STAGE = "train_draft"
-STORAGE, RUN = "ray_train", "draft"
-SNAPSHOT = "checkpoint_manager_snapshot.json"
-SECONDS_BETWEEN_LOOKS = 1.0
+STAGE, RUN = "train_draft", "draft"
 # Weights, AdamW's two moments, and maybe the best weights and the moving average, all float32.
 CHECKPOINT_BYTES_PER_PARAMETER = 20
-# Ray Train hands these on to its controller; what the user has set stays.
-RAY_TRAIN_SETTINGS = {
-    # The default of 2 adds seconds to the end of a run.
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
-    # It writes an error into every job's log, and all it adds is that a node whose end was
-    # announced does not count towards train.max_failures.
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
-}
 
 
 def training_inputs(config: Config) -> Mapping[str, Path]:
@@ -137,89 +105,30 @@ def train_draft(config: Config, folder: RunFolder) -> Mapping[str, Any]:
     )
     with feature_stream(task) if task.streamed else nullcontext() as stream:
         say(STAGE, f"starting {config.train.num_workers} worker(s)")
-        with _Follower(output, order.total_steps):
-            figures = _fit(task, output, folder.identity[:16], stream)
+        group = WorkerGroup(STAGE, RUN, output, config.train)
+        run_id = folder.identity[:16]
+        with Follower(output, order.total_steps, STAGE):
+            settings = {"task": task, "output": output, "run_id": run_id, "stream": stream}
+            figures = group.fit(_work, settings)
     plot_curves(output)
     say(STAGE, _summary(figures))
     return figures
 
 
-def _fit(
-    task: DraftTask, output: Path, run_id: str, stream: FeatureStream | None
-) -> dict[str, Any]:
-    train = task.config.train
-    storage = output / STORAGE
-    _drop_broken_snapshot(storage / RUN)
-    for name, value in RAY_TRAIN_SETTINGS.items():
-        os.environ.setdefault(name, value)
-    trainer = TorchTrainer(
-        _work,
-        train_loop_config={"task": task, "output": output, "run_id": run_id, "stream": stream},
-        torch_config=TorchConfig(backend="nccl" if train.gpus_per_worker else "gloo"),
-        scaling_config=ScalingConfig(
-            num_workers=train.num_workers,
-            use_gpu=train.gpus_per_worker > 0,
-            resources_per_worker=_worker_resources(train),
-            placement_strategy="SPREAD",
-        ),
-        run_config=RunConfig(
-            name=RUN,
-            storage_path=str(storage),
-            failure_config=FailureConfig(max_failures=train.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=train.keep_checkpoints),
-            worker_runtime_env={"env_vars": _worker_environment(train)},
-            logging_config=LoggingConfig(log_level="ERROR"),
-        ),
-    )
-    try:
-        outcome = trainer.fit().return_value
-    except ray.train.TrainingFailedError as error:
-        raise _explain(error) from error
-    if "failed" in outcome:
-        raise outcome["failed"]
-    return {**outcome, "workers": train.num_workers}
-
-
-def _worker_resources(train: TrainConfig) -> dict[str, float]:
-    resources = {"CPU": train.cpus_per_worker}
-    return {**resources, "GPU": train.gpus_per_worker} if train.gpus_per_worker else resources
-
-
-def _worker_environment(train: TrainConfig) -> dict[str, str]:
-    """Variables that must be there before torch and DeepSpeed are imported."""
-    # More threads than CPUs make workers wait for each other: ten times slower on two cores.
-    variables = {"OMP_NUM_THREADS": str(_num_threads(train))}
-    return variables if train.gpus_per_worker else {**variables, "DS_ACCELERATOR": "cpu"}
-
-
-def _num_threads(train: TrainConfig) -> int:
-    return max(1, int(train.cpus_per_worker))
-
-
 def _work(settings: dict[str, Any]) -> dict[str, Any]:
     """What each worker runs."""
-    # Ray Train logs every report past its own log level.
-    logging.getLogger().setLevel(logging.WARNING)
     task: DraftTask = settings["task"]
-    torch.set_num_threads(_num_threads(task.config.train))
-    host = _RayHost.here()
     stream: FeatureStream | None = settings["stream"]
-    open_source: SourceOpener = open_shards
-    if stream is not None:
-        if failure := _agreed(stream.failure(), host.world_size):
-            return {"failed": failure}
-        open_source = functools.partial(stream.open, rank=host.rank)
-    try:
-        figures = train(
-            task, settings["output"], settings["run_id"], host, get_device(), open_source
-        )
-    except StageError as error:
-        # All workers are here. Raised, it would be taken for a lost worker and tried again.
-        return {"failed": error}
-    finally:
-        # The last checkpoint counts once the controller has taken note of it.
-        ray.train.get_all_reported_checkpoints(consistency_mode=CheckpointConsistencyMode.COMMITTED)
-    return {**figures, "nodes": _count_nodes(host.world_size)}
+
+    def work(host: RayHost, device: torch.device) -> dict[str, Any]:
+        open_source: SourceOpener = open_shards
+        if stream is not None:
+            if failure := _agreed(stream.failure(), host.world_size):
+                return {"failed": failure}
+            open_source = functools.partial(stream.open, rank=host.rank)
+        return train(task, settings["output"], settings["run_id"], host, device, open_source)
+
+    return on_worker(task.config.train, work)
 
 
 def _agreed(failure: AerieError | None, world_size: int) -> AerieError | None:
@@ -227,75 +136,6 @@ def _agreed(failure: AerieError | None, world_size: int) -> AerieError | None:
     known: list[AerieError | None] = [None] * world_size
     torch.distributed.all_gather_object(known, failure)
     return next((found for found in known if found is not None), None)
-
-
-def _count_nodes(world_size: int) -> int:
-    nodes: list[str] = [""] * world_size
-    torch.distributed.all_gather_object(nodes, ray.get_runtime_context().get_node_id())
-    return len(set(nodes))
-
-
-@dataclass(frozen=True)
-class _RayHost:
-    """`core.train.loop.Host` on Ray Train."""
-
-    rank: int
-    world_size: int
-
-    @classmethod
-    def here(cls) -> _RayHost:
-        context = ray.train.get_context()
-        return cls(context.get_world_rank(), context.get_world_size())
-
-    @contextmanager
-    def last_checkpoint(self) -> Iterator[Path | None]:
-        checkpoint = ray.train.get_checkpoint()
-        if checkpoint is None:
-            yield None
-            return
-        with checkpoint.as_directory() as folder:
-            yield Path(folder)
-
-    def keep_checkpoint(self, step: int, save: Callable[[Path], None]) -> None:
-        # All workers report; only the first one has something to keep.
-        with tempfile.TemporaryDirectory(prefix="aerie-") as folder:
-            save(Path(folder))
-            ray.train.report(
-                {"step": step},
-                checkpoint=Checkpoint.from_directory(folder) if self.rank == 0 else None,
-                checkpoint_dir_name=f"step-{step:08d}",
-            )
-
-
-def _drop_broken_snapshot(run: Path) -> None:
-    """Remove Ray Train's list of checkpoints if a kill cut it off while it was being written.
-
-    Ray Train would refuse to start for ever; without the list it starts from the first step.
-    """
-    snapshot = run / SNAPSHOT
-    try:
-        json.loads(snapshot.read_text())
-    except FileNotFoundError:
-        return
-    except ValueError:
-        say(STAGE, f"warning: {snapshot} was cut off; training starts from the first step")
-        snapshot.unlink()
-
-
-def _explain(error: Exception) -> Exception:
-    """The user's error that a worker ran into, else a StageError that says what happened."""
-    failures = getattr(error, "worker_failures", {})
-    for failure in failures.values():
-        # Ray Train wraps what a worker raised.
-        cause = getattr(failure, "_base_exc", failure)
-        if isinstance(cause, StreamBroken):
-            return cause.error
-        if isinstance(cause, UserError):
-            return cause
-    return StageError(
-        f"training failed: {error}\nMore lost workers than train.max_failures; see the log above. "
-        "The same command goes on from the last checkpoint."
-    )
 
 
 def _summary(figures: Mapping[str, Any]) -> str:
@@ -311,56 +151,3 @@ def _summary(figures: Mapping[str, Any]) -> str:
     if accepted is not None:
         text += f", accepted length {accepted:.2f} on a chain"
     return f"{text}; head of step {figures['head_step']:,}"
-
-
-class _Follower(Watcher):
-    """Prints progress from the metrics file, which a worker on any node may be writing.
-
-    The driver prints, since what workers print arrives with a prefix and out of order.
-    """
-
-    def __init__(self, folder: Path, total_steps: int) -> None:
-        super().__init__("follow metrics", SECONDS_BETWEEN_LOOKS)
-        self._folder, self._total = folder, total_steps
-        self._progress: Progress | None = None
-        self._tokens = 0
-        # What an interrupted run left is no progress of this one.
-        self._seen = len(read_metrics(folder))
-
-    def look(self) -> None:
-        """See `Watcher`."""
-        records = read_metrics(self._folder)
-        if len(records) != self._seen:
-            self._seen = len(records)
-            self._show(records)
-
-    def _show(self, records: list[dict[str, Any]]) -> None:
-        trained = [record for record in records if "loss" in record]
-        if not trained:
-            return
-        last = trained[-1]
-        if self._progress is None:
-            self._progress = Progress(STAGE, self._total, "steps", skipped=last["step"])
-        elif last["step"] < self._progress.done:
-            say(STAGE, f"a worker was lost; going on from step {last['step']}")
-            self._progress = Progress(STAGE, self._total, "steps", skipped=last["step"])
-        else:
-            self._progress.advance(
-                last["step"] - self._progress.done,
-                _note(records),
-                tokens=last["tokens"] - self._tokens,
-            )
-        self._tokens = last["tokens"]
-
-
-def _note(records: list[dict[str, Any]]) -> str:
-    """The latest metrics, in a few words."""
-    latest: dict[str, Any] = {}
-    for record in records[-20:]:
-        latest.update(record)
-    text = f"loss {latest['loss']:.3f} top-1 {latest['top1']:.3f}"
-    if "held_out_top1" in latest:
-        text += f" (held out {latest['held_out_top1']:.3f})"
-    if ACCEPTED_LENGTH in latest:
-        text += f" τ {latest[ACCEPTED_LENGTH]:.2f}"
-    return text

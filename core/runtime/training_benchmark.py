@@ -33,6 +33,7 @@ from core.provenance import RunFolder
 from core.runtime.training import training_inputs
 from core.runtime.training_reference import eagle1_reference_loss, eagle3_reference_loss
 from core.train.batches import BatchMaker
+from core.train.draft import DraftTrainee
 from core.train.engine import build_engine
 from core.train.order import Indices
 from core.train.schedule import learning_rate
@@ -190,8 +191,8 @@ class _Bench:
     def engine(self, task: DraftTask) -> dict[str, float]:
         """Aerie's step, as a worker makes it."""
         train = task.config.train
-        head = task.new_head()
-        engine = build_engine(head, self.embedding_VH, self.output_head_VH, train, CPU)
+        trainee = DraftTrainee(task.new_head(), self.embedding_VH, self.output_head_VH)
+        engine = build_engine(trainee, train, CPU)
         maker = self._maker(task)
 
         def step(number: int, rows: Indices) -> float:

@@ -27,7 +27,7 @@ def plot_curves(folder: Path) -> None:
     """
     records = read_metrics(folder)
     _plot(folder / "loss.png", records, LOSS_CURVES, "loss a supervised token")
-    _plot(folder / "accuracy.png", records, ACCURACY_CURVES, "target's token among the head's top")
+    _plot(folder / "accuracy.png", records, ACCURACY_CURVES, "right token among the likeliest")
     _plot_accepted(folder / "accepted_length.png", records)
 
 
@@ -45,7 +45,10 @@ def _plot(
 ) -> None:
     figure, axes = _figure()
     for name, text, color in curves:
-        axes.plot(*series(records, name), color=color, label=f"{text}, training")
+        trained = series(records, name)
+        if not trained[0]:
+            continue
+        axes.plot(*trained, color=color, label=f"{text}, training")
         steps, values = series(records, f"held_out_{name}")
         if steps:
             axes.plot(steps, values, "o--", color=color, label=f"{text}, held out")

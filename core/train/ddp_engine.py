@@ -14,31 +14,24 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from core.config import TrainConfig
-from core.draft.base import DraftBatch, DraftHead
-from core.train.engine import TrainingEngine, adamw
+from core.train.engine import TrainingEngine
+from core.train.trainee import Trainee
 
 
 class DdpEngine(TrainingEngine):
     """See `TrainingEngine`; every worker has the whole optimizer."""
 
-    def __init__(
-        self,
-        head: DraftHead,
-        embedding_VH: Tensor,
-        output_head_VH: Tensor,
-        config: TrainConfig,
-        device: torch.device,
-    ) -> None:
-        """Move the head to its device; its weights stay float32."""
-        super().__init__(head, config)
+    def __init__(self, trainee: Trainee, config: TrainConfig, device: torch.device) -> None:
+        """Move the trainee to its device; its weights stay float32."""
+        super().__init__(trainee, config)
         self.device, self.dtype = device, getattr(torch, config.dtype)
         self.module.to(device)
-        self._optimizer = adamw(self.module.parameters(), config)
+        self._optimizer = trainee.optimizer(config)
         self._scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         self._parallel = DistributedDataParallel(self.module, gradient_as_bucket_view=True)
-        self._get_ready(embedding_VH, output_head_VH)
+        self._get_ready(self._optimizer)
 
-    def _accumulate(self, batch: DraftBatch, scale: float, last: bool) -> Tensor:
+    def _accumulate(self, batch: Any, scale: float, last: bool) -> Tensor:
         self._parallel.train()
         with nullcontext() if last else self._parallel.no_sync():
             with self._precision():

@@ -1,4 +1,4 @@
-"""A DeepSpeed engine round a draft head: the only module that knows DeepSpeed.
+"""A DeepSpeed engine round a trainee: the only module that knows DeepSpeed.
 
 ZeRO divides the optimizer's state among workers (stage 1), their gradients too (2), and the
 weights (3). DeepSpeed's own checkpoints bind a run to its number of workers; here its state is
@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from core.config import TrainConfig
-from core.draft.base import DraftBatch, DraftHead
-from core.train.engine import TrainingEngine, adamw
+from core.train.engine import TrainingEngine
+from core.train.trainee import Trainee
 
 # Where DeepSpeed's optimizers keep the float32 tensors that they update: stages 3, 1 and 2.
 MASTERS = (
@@ -34,37 +34,31 @@ SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis"
 class DeepSpeedEngine(TrainingEngine):
     """See `TrainingEngine`."""
 
-    def __init__(
-        self,
-        head: DraftHead,
-        embedding_VH: Tensor,
-        output_head_VH: Tensor,
-        config: TrainConfig,
-        device: torch.device,
-    ) -> None:
-        """Move the head to its device and dtype, attach the target's tensors, make the engine."""
-        super().__init__(head, config)
+    def __init__(self, trainee: Trainee, config: TrainConfig, device: torch.device) -> None:
+        """Move the trainee to its device and dtype, divide its state."""
+        super().__init__(trainee, config)
         self._stage = int(config.parallelism.removeprefix("zero"))
         self.equal_passes = self._stage == 3
         deepspeed = _import_deepspeed(device)
         self._utils = importlib.import_module("deepspeed.utils")
         self.module.to(device)
+        optimizer = trainee.optimizer(config)
         # Its optimizers print memory figures whatever the log level.
         with contextlib.redirect_stdout(io.StringIO()):
             self._engine: Any = deepspeed.initialize(
                 model=self.module,
-                optimizer=adamw(self.module.parameters(), config),
+                optimizer=optimizer,
                 config=deepspeed_config(config, self.world_size),
                 dist_init_required=False,
             )[0]
         self._zero = self._engine.optimizer
         self._base = self._zero if self._stage == 0 else self._zero.optimizer
-        self._get_ready(embedding_VH, output_head_VH)
+        self._get_ready(optimizer)
         if self._stage in (1, 2):
             # It would look at its optimizer's state after the first step only.
             self._zero._lazy_init_hp_params_optimizer_state()
 
-    def _accumulate(self, batch: DraftBatch, scale: float, last: bool) -> Tensor:
+    def _accumulate(self, batch: Any, scale: float, last: bool) -> Tensor:
         self._engine.train()
         self._engine.set_gradient_accumulation_boundary(last)
         loss, statistics = self._engine(batch)
@@ -148,6 +142,8 @@ def deepspeed_config(config: TrainConfig, world_size: int) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": min(config.micro_batch_size, share),
         "gradient_accumulation_steps": passes,
         "gradient_clipping": config.clip,
+        # Lion is none that it knows.
+        "zero_allow_untested_optimizer": True,
         "zero_optimization": {
             "stage": int(config.parallelism.removeprefix("zero")),
             "overlap_comm": False,

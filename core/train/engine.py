@@ -1,4 +1,4 @@
-"""What trains a draft head: forward, backward, optimizer step, and their state.
+"""What trains a `Trainee`: forward, backward, optimizer step, and their state.
 
 Two kinds: `core.train.ddp_engine` on plain torch, `core.train.deepspeed_engine` on DeepSpeed's
 ZeRO. Workers' gradients are averaged. Losses are sums over tokens here, so that a step's gradient
@@ -6,7 +6,8 @@ is that of the mean over all supervised tokens of the global batch, however the 
 over workers and micro-batches.
 
 A checkpoint holds whole tensors, whatever the number of workers and the way that their state was
-divided, so that a run goes on with another number of workers. It is one file: a head is small.
+divided, so that a run goes on with another number of workers. It is one file, which the first
+worker writes tensor by tensor as they are gathered: no worker holds the whole state.
 """
 
 from __future__ import annotations
@@ -14,88 +15,64 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from core.config import TrainConfig
-from core.draft.base import DraftBatch, DraftHead
+from core.train.optimizers import moments_of
+from core.train.tensor_file import float32_file
+from core.train.trainee import Trainee
 
-LOSS, NUM_TOKENS = "loss", "num_tokens"
 FILE = "engine.safetensors"
 WEIGHTS, AVERAGE = "weights", "average"
-MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
-class LossModule(nn.Module):
-    """What an engine wraps: its forward pass is the head's training loss.
-
-    Attributes:
-        names: what the statistics' entries are, known after the first pass.
-    """
-
-    def __init__(self, head: DraftHead) -> None:
-        super().__init__()
-        self.head = head
-        self.names: tuple[str, ...] = ()
-
-    def forward(self, batch: DraftBatch, chain_depth: int = 0) -> tuple[Tensor, Tensor]:
-        """The differentiable sum of losses, and float64 statistics [len(names)], detached.
-
-        With a `chain_depth`, `DraftHead.chain_hits` instead: positions, and hits by depth. It
-        comes this way since ZeRO-3 gathers weights round this module's forward pass alone.
-        """
-        if chain_depth:
-            hits_D, positions = self.head.chain_hits(batch, chain_depth)
-            return torch.as_tensor(positions), hits_D
-        result = self.head.losses(batch)
-        found = {LOSS: result.loss.detach(), NUM_TOKENS: result.num_tokens, **result.sums}
-        self.names = tuple(found)
-        device = result.loss.device
-        values = [value.to(device=device, dtype=torch.float64) for value in found.values()]
-        return result.loss, torch.stack(values)
 
 
 class TrainingEngine(ABC):
     """One object a worker. Expects that `torch.distributed` is initialized.
 
     Attributes:
-        module: the loss, round the head.
+        module: what is trained; its forward pass is the loss.
+        data_rank: number of this worker's share of every batch.
+        data_size: into how many shares batches are divided.
         equal_passes: whether workers exchange weights in a forward pass, so that each must make
             as many of them as the others, in evaluation too.
     """
 
     equal_passes = False
 
-    def __init__(self, head: DraftHead, config: TrainConfig) -> None:
+    def __init__(self, trainee: Trainee, config: TrainConfig) -> None:
         """Nothing is moved or wrapped yet; see `_get_ready`."""
         self.config = config
         self.rank, self.world_size = (
             torch.distributed.get_rank(),
             torch.distributed.get_world_size(),
         )
-        self.module = LossModule(head)
-        head.recomputes = config.gradient_checkpointing
-        self.names = dict(head.named_parameters())
+        self.data_rank, self.data_size = self.rank, self.world_size
+        self.module = trainee
+        if config.gradient_checkpointing:
+            trainee.recompute()
+        self.names = trainee.trained()
+        self.moments: tuple[str, ...] = ()
         self._updates = 0
         self._averages: list[Tensor] | None = None
 
-    def _get_ready(self, embedding_VH: Tensor, output_head_VH: Tensor) -> None:
+    def _get_ready(self, optimizer: torch.optim.Optimizer) -> None:
         """The last part of construction, once the optimizer has its tensors."""
+        self.moments = moments_of(optimizer)
         for master in self._masters():
-            # As AdamW makes them at its first step; made now, they can be loaded and saved.
+            # As the optimizer makes them at its first step; made now, they can be loaded and saved.
             self._state_of(master).update(
                 step=torch.zeros((), dtype=torch.float32, device=master.device),
-                **{moment: torch.zeros_like(master.data) for moment in MOMENTS},
+                **{moment: torch.zeros_like(master.data) for moment in self.moments},
             )
         if self.config.ema:
             self._averages = [master.detach().clone() for master in self._masters()]
-        self.module.head.attach_target(embedding_VH, output_head_VH)
+        self.module.settle()
 
     # Training
 
@@ -104,7 +81,7 @@ class TrainingEngine(ABC):
         """Names of the entries of statistics; known after the first pass."""
         return self.module.names
 
-    def accumulate(self, batch: DraftBatch, global_tokens: int, *, last: bool) -> Tensor:
+    def accumulate(self, batch: Any, global_tokens: int, *, last: bool) -> Tensor:
         """Forward and backward of one micro-batch; returns its statistics.
 
         Args:
@@ -125,21 +102,17 @@ class TrainingEngine(ABC):
 
     # Evaluation
 
-    @torch.no_grad()
-    def evaluate(self, batch: DraftBatch) -> Tensor:
+    def evaluate(self, batch: Any) -> Tensor:
         """Statistics of one batch, without training on it."""
-        self.module.eval()
-        with self._precision():
-            result: Tensor = self.module(batch)[1]
-        return result
+        return self.compute(batch)[1]
 
     @torch.no_grad()
-    def chain_hits(self, batch: DraftBatch, depth: int) -> Tensor:
-        """Positions of `DraftHead.chain_hits` of one batch, then hits: float64 [1 + depth]."""
+    def compute(self, batch: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
+        """The module's forward pass on one batch, without gradients."""
         self.module.eval()
         with self._precision():
-            positions, hits_D = self.module(batch, depth)
-        return torch.cat((positions.to(hits_D.device)[None], hits_D)).double()
+            found: tuple[Tensor, Tensor] = self.module(batch, *arguments)
+        return found
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -156,22 +129,46 @@ class TrainingEngine(ABC):
     # State
 
     def full_weights(self) -> dict[str, Tensor]:
-        """The head's weights in float32 on CPU; all workers call, all get them."""
-        return {name: self._whole(p, None) for name, p in self.names.items()}
+        """The trained weights in float32 on CPU; all workers call, all get them."""
+        return dict(self._tensors(None))
+
+    def first_weights(self) -> dict[str, Tensor]:
+        """The same for the first worker alone, where they are large; all workers call."""
+        return {name: tensor for name, tensor in self._tensors(None) if self.rank == 0}
 
     def save(self, folder: Path) -> None:
         """Write the whole state; all workers call, the first one writes."""
-        tensors = {f"{WEIGHTS}/{name}": t for name, t in self.full_weights().items()}
-        for moment in MOMENTS:
-            tensors |= {f"{moment}/{n}": self._whole(p, moment) for n, p in self.names.items()}
-        if self._averages is not None:
-            with self.averaged():
-                average = self.full_weights()
-            tensors |= {f"{AVERAGE}/{name}": tensor for name, tensor in average.items()}
-        if self.rank == 0:
-            counts = {"updates": self._updates, "scaler": self._scaler_state()}
-            counts["optimizer_steps"] = float(self._state_of(self._masters()[0])["step"])
-            save_file(tensors, folder / FILE, metadata={"counts": json.dumps(counts)})
+        kinds = [WEIGHTS, *self.moments, *([AVERAGE] if self._averages is not None else [])]
+        if self.rank:
+            for _ in self._state(kinds):
+                pass
+            return
+        counts = {"updates": self._updates, "scaler": self._scaler_state()}
+        counts["optimizer_steps"] = float(self._state_of(self._masters()[0])["step"])
+        shapes = {
+            f"{kind}/{name}": shape
+            for kind in kinds
+            for name, shape in self._whole_shapes().items()
+        }
+        metadata = {"counts": json.dumps(counts)}
+        with float32_file(folder / FILE, shapes, metadata) as write:
+            for name, tensor in self._state(kinds):
+                write(name, tensor)
+
+    def _whole_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of what `_tensors` gives, by name."""
+        return {n: tuple(getattr(p, "ds_shape", p.shape)) for n, p in self.names.items()}
+
+    def _tensors(self, moment: str | None) -> Iterator[tuple[str, Tensor]]:
+        for name, parameter in self.names.items():
+            yield name, self._whole(parameter, moment)
+
+    def _state(self, kinds: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+        """All tensors of a checkpoint, one at a time."""
+        for kind in kinds:
+            with self.averaged() if kind == AVERAGE else nullcontext():
+                for name, tensor in self._tensors(kind if kind in self.moments else None):
+                    yield f"{kind}/{name}", tensor
 
     @torch.no_grad()
     def load(self, folder: Path) -> None:
@@ -182,7 +179,7 @@ class TrainingEngine(ABC):
                 self._fill(file, AVERAGE, None)
                 for average, master in zip(self._averages, self._masters(), strict=True):
                     average.copy_(master)
-            for moment in MOMENTS:
+            for moment in self.moments:
                 self._fill(file, moment, moment)
             self._fill(file, WEIGHTS, None)
         self._spread_masters()
@@ -205,7 +202,7 @@ class TrainingEngine(ABC):
     # What the kinds differ in
 
     @abstractmethod
-    def _accumulate(self, batch: DraftBatch, scale: float, last: bool) -> Tensor:
+    def _accumulate(self, batch: Any, scale: float, last: bool) -> Tensor:
         """See `accumulate`; the loss is multiplied by `scale`."""
 
     @abstractmethod
@@ -245,31 +242,18 @@ class TrainingEngine(ABC):
         """Take such a state back."""
 
 
-def adamw(parameters: Any, config: TrainConfig) -> torch.optim.AdamW:
-    """The optimizer; fused, since it is the fastest and takes no memory of its own."""
-    return torch.optim.AdamW(
-        parameters, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True
-    )
-
-
 def decay(limit: float, updates: int) -> float:
     """The moving average's decay at an update: rises to its limit, to forget the random start."""
     return min(limit, (1 + updates) / (10 + updates))
 
 
-def build_engine(
-    head: DraftHead,
-    embedding_VH: Tensor,
-    output_head_VH: Tensor,
-    config: TrainConfig,
-    device: torch.device,
-) -> TrainingEngine:
-    """Move the head to its device and dtype, attach the target's tensors, make the engine."""
+def build_engine(trainee: Trainee, config: TrainConfig, device: torch.device) -> TrainingEngine:
+    """The engine that `train.parallelism` names: the one place where it is chosen."""
     # Each kind imports what the other can do without.
     if config.parallelism == "ddp":
         from core.train.ddp_engine import DdpEngine
 
-        return DdpEngine(head, embedding_VH, output_head_VH, config, device)
+        return DdpEngine(trainee, config, device)
     from core.train.deepspeed_engine import DeepSpeedEngine
 
-    return DeepSpeedEngine(head, embedding_VH, output_head_VH, config, device)
+    return DeepSpeedEngine(trainee, config, device)

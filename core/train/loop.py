@@ -1,4 +1,4 @@
-"""The training loop of a draft head, the same on every worker.
+"""The training loop, the same on every worker and for every trainee.
 
 It asks its host for the last checkpoint and hands it new ones; the host is Ray Train in a job.
 """
@@ -20,12 +20,12 @@ from torch import Tensor
 from core.config import TrainConfig
 from core.errors import StageError
 from core.tracking import MetricLog
-from core.train.batches import BatchMaker
-from core.train.engine import LOSS, NUM_TOKENS, TrainingEngine
-from core.train.evaluation import ACCEPTED_LENGTH, HELD_OUT, evaluate, means
+from core.train.engine import TrainingEngine
+from core.train.evaluation import ACCEPTED_LENGTH, HELD_OUT, means
 from core.train.order import TrainingOrder
 from core.train.schedule import learning_rate
 from core.train.state import TrainState
+from core.train.trainee import LOSS, NUM_TOKENS, Batches
 
 BEST = "best.safetensors"
 LOG_EVERY = 10
@@ -62,8 +62,8 @@ class TrainingLoop:
 
     engine: TrainingEngine
     order: TrainingOrder
-    training: BatchMaker
-    held_out: BatchMaker | None
+    training: Batches
+    held_out: Batches | None
     config: TrainConfig
     host: Host
     open_log: Callable[[int], MetricLog] | None
@@ -82,14 +82,20 @@ class TrainingLoop:
         self.training.announce(
             self.order.passes(
                 self.state.step,
-                self.host.rank,
-                self.host.world_size,
+                self.engine.data_rank,
+                self.engine.data_size,
                 self.config.micro_batch_size,
             )
         )
         if self.open_log is not None:
             self._log = self.open_log(self.state.step)
         try:
+            if (
+                self.held_out is not None
+                and self.engine.module.evaluated_first
+                and not self.state.step
+            ):
+                self.state.held_out_first = self._measure(self.held_out)
             while self.state.step < self.order.total_steps:
                 self._advance()
         finally:
@@ -130,7 +136,7 @@ class TrainingLoop:
         started = time.perf_counter()
         state, order = self.state, self.order
         passes = order.micro_batches(
-            state.step, self.host.rank, self.host.world_size, self.config.micro_batch_size
+            state.step, self.engine.data_rank, self.engine.data_size, self.config.micro_batch_size
         )
         supervised = order.supervised(state.step)
         statistics = [
@@ -187,19 +193,23 @@ class TrainingLoop:
                 tokens_per_second=round(speed, 1),
             )
 
-    def _evaluate(self, held_out: BatchMaker) -> None:
+    def _evaluate(self, held_out: Batches) -> None:
         """Metrics on held-out sequences; keeps the weights if they are the best so far."""
         state = self.state
-        state.held_out = evaluate(self.engine, held_out, self.config)
-        if self._log is not None:
-            self._log.log(step=state.step, tokens=state.tokens, **state.held_out)
+        state.held_out = self._measure(held_out)
         if self.config.keep == "best" and (
             not state.best or score(state.held_out) >= score(state.best)
         ):
             state.best, state.best_step = state.held_out, state.step
             with self.engine.averaged():
-                weights = self.engine.full_weights()
-            self.best_weights = weights if self.host.rank == 0 else None
+                weights = self.engine.first_weights()
+            self.best_weights = weights or None
+
+    def _measure(self, held_out: Batches) -> dict[str, float]:
+        found = self.engine.module.evaluate(self.engine, held_out, self.config)
+        if self._log is not None:
+            self._log.log(step=self.state.step, tokens=self.state.tokens, **found)
+        return found
 
 
 def score(held_out: dict[str, float]) -> float:

@@ -85,16 +85,27 @@ class Selection:
         return int(self.lengths_N.sum())
 
 
-def select_examples(source: MaskSource, max_length: int) -> Selection:
+# Position i reads feature i and token i+1 to predict feature i+1, so the last position of a
+# sequence has nothing to learn and does not count.
+FEATURES_AHEAD = slice(None, -1)
+# A language model says token i+1 at position i, so nobody predicts the first token.
+TOKENS_AHEAD = slice(1, None)
+
+
+def select_examples(
+    source: MaskSource, max_length: int, learnt: slice = FEATURES_AHEAD
+) -> Selection:
     """Look at every loss mask once.
 
-    Position i reads feature i and token i+1 to predict feature i+1, so the last position of a
-    sequence has nothing to learn and does not count.
+    Args:
+        source: of the examples.
+        max_length: tokens behind it are cut.
+        learnt: the part of a mask that counts: `FEATURES_AHEAD` or `TOKENS_AHEAD`.
     """
     found: list[tuple[int, int, int]] = []
     for index in range(len(source)):
         mask = source.loss_mask(index)[:max_length]
-        supervised = int(mask[:-1].sum())
+        supervised = int(mask[learnt].sum())
         if supervised:
             found.append((index, len(mask), supervised))
     table = np.array(found, dtype=np.int64).reshape(-1, 3)

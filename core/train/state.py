@@ -30,6 +30,7 @@ class TrainState:
         window: statistics of the steps since then, one list a step.
         initial_loss: of the first step.
         final_loss: of the steps last logged.
+        held_out_first: metrics of an evaluation before the first step, where there was one.
         held_out: metrics of the latest evaluation, by name.
         best: those of the best evaluation so far.
         best_step: at which it was; 0 before the first one.
@@ -43,6 +44,7 @@ class TrainState:
     window: list[list[float]] = field(default_factory=list)
     initial_loss: float | None = None
     final_loss: float | None = None
+    held_out_first: dict[str, float] = field(default_factory=dict)
     held_out: dict[str, float] = field(default_factory=dict)
     best: dict[str, float] = field(default_factory=dict)
     best_step: int = 0
@@ -61,10 +63,12 @@ class TrainState:
 def trim_metrics(folder: Path, last_step: int) -> None:
     """Drop records of steps after a checkpoint: the run that goes on from it writes them anew.
 
-    A record cut off by the interruption goes too.
+    A record cut off by the interruption goes too, and all where the run starts anew: it may begin
+    with a record of step 0.
     """
     path = folder / "metrics.jsonl"
     if not path.exists():
         return
-    kept = [record for record in read_metrics(folder) if record["step"] <= last_step]
+    records = read_metrics(folder) if last_step else []
+    kept = [record for record in records if record["step"] <= last_step]
     write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept).encode())

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ from core.models.weights import load_embedding, load_output_head
 from core.provenance import git_revision, versions
 from core.tracking import MetricLog
 from core.train.batches import BatchMaker
+from core.train.draft import DraftTrainee
 from core.train.engine import build_engine
 from core.train.evaluation import ACCEPTED_DEPTH, ACCEPTED_LENGTH
 from core.train.loop import Host, TrainingLoop
@@ -206,7 +207,8 @@ def train(
     output_head_VH = load_output_head(target)
     head = task.first_head(output_head_VH)
     parameters = sum(parameter.numel() for parameter in head.parameters())
-    engine = build_engine(head, load_embedding(target), output_head_VH, task.config.train, device)
+    trainee = DraftTrainee(head, load_embedding(target), output_head_VH)
+    engine = build_engine(trainee, task.config.train, device)
     held_out = None
     if task.held_out is not None:
         held_out = _batch_maker(task, open_source(task, HELD_OUT), task.held_out, device)
@@ -217,7 +219,7 @@ def train(
         held_out=held_out,
         config=task.config.train,
         host=host,
-        open_log=_log_opener(task, output, run_id) if host.rank == 0 else None,
+        open_log=log_opener(task, output, run_id) if host.rank == 0 else None,
     )
     figures = {**_figures(task, loop.run()), "parameters": parameters}
     # All workers call: it is put together from their parts.
@@ -230,7 +232,20 @@ def train(
     return figures
 
 
-def _log_opener(task: DraftTask, output: Path, run_id: str) -> Callable[[int], MetricLog]:
+class Described(Protocol):
+    """What a run's log says of a task."""
+
+    @property
+    def config(self) -> Config:
+        """Resolved."""
+
+    @property
+    def code(self) -> dict[str, Any]:
+        """Versions and commit."""
+
+
+def log_opener(task: Described, output: Path, run_id: str) -> Callable[[int], MetricLog]:
+    """What the first worker opens its log with, once it knows at which step it goes on."""
     # The driver's own: workers may run elsewhere, from a copy without `.git`.
     about = {"config": task.config.model_dump(mode="json"), "code": task.code}
 

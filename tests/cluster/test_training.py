@@ -28,7 +28,7 @@ from core.draft.base import DraftHead
 from core.draft.folder import load_head, read_record
 from core.models.weights import load_embedding, load_output_head
 from core.runtime.job import run_stage
-from core.runtime.training import SNAPSHOT
+from core.runtime.workers import SNAPSHOT
 from core.tracking import read_metrics
 from core.train.order import evaluation_batches
 from core.train.schedule import learning_rate

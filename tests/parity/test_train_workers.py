@@ -14,6 +14,7 @@ from core.config import Config
 from core.draft.folder import load_head, read_record
 from core.models.weights import load_embedding, load_output_head
 from core.tracking import read_metrics
+from core.train.draft import DraftTrainee
 from core.train.engine import FILE, build_engine
 from core.train.schedule import learning_rate
 from core.train.task import DraftTask, prepare, train
@@ -69,7 +70,8 @@ def _task(folders: tuple[Path, Path], kind: str = "eagle1", **settings: Any) -> 
 def one_step(rank: int, task: DraftTask, folder: Path) -> list[float]:
     """One optimizer step from the start, saved; this worker's sum of statistics."""
     embedding, output_head = load_embedding(Path(task.target)), load_output_head(Path(task.target))
-    engine = build_engine(task.new_head(), embedding, output_head, task.config.train, CPU)
+    trainee = DraftTrainee(task.new_head(), embedding, output_head)
+    engine = build_engine(trainee, task.config.train, CPU)
     maker, size = batch_maker(task), task.config.train.micro_batch_size
     passes = task.order.micro_batches(0, rank, engine.world_size, size)
     sums = torch.stack(

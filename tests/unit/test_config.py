@@ -69,6 +69,39 @@ def test_an_override_is_yaml(override: str, section: str, key: str, value: Any) 
 
 
 @pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (
+            ("finetune.method=qlora", "train.parallelism=zero3"),
+            "finetune.method=qlora with train.parallelism=zero3: ZeRO-3 cannot divide quantized",
+        ),
+        (
+            ("finetune.method=int8_lora", "train.parallelism=zero3"),
+            "choose train.parallelism=zero2 or ddp",
+        ),
+        (
+            ("finetune.method=int8_lora", "train.parallelism=zero2", "train.dtype=bfloat16"),
+            "norms and output head, which stay in float32, to bfloat16; choose",
+        ),
+        (("train.parallelism=zero2", "train.dtype=float16"), "DeepSpeed has no float16 on CPU"),
+    ],
+)
+def test_ways_of_finetuning_that_cannot_work(overrides: tuple[str, ...], said: str) -> None:
+    assert said in _refused(*overrides)
+
+
+def test_ways_of_finetuning_that_work() -> None:
+    for method, parallelism, dtype in (
+        ("qlora", "zero2", "bfloat16"),
+        ("int8_lora", "ddp", "bfloat16"),
+        ("int8_lora", "zero1", "float32"),
+        ("lora", "zero3", "bfloat16"),
+    ):
+        overrides = [f"finetune.method={method}", f"train.parallelism={parallelism}"]
+        assert load_config(None, [*overrides, f"train.dtype={dtype}"]).finetune.method == method
+
+
+@pytest.mark.parametrize(
     ("override", "said"),
     [
         ("train.lrr=1", "unknown key train.lrr; did you mean train.lr?"),
@@ -91,6 +124,7 @@ def test_an_override_is_yaml(override: str, section: str, key: str, value: Any) 
         ("decode.top_k=0", "decode.top_k=0"),
         ("eval.fixed_total_tokens=[4, 0]", "eval.fixed_total_tokens=0"),
         ("train.num_workers=3", "train.global_batch_size=16 is not a multiple of"),
+        ("finetune.method=dora", "finetune.method='dora': input should be 'full'"),
         ("data.held_out=1", "data.held_out=1: input should be less than 1"),
         ("draft.kind=eagle9", "does not match any of the expected"),
         ("train=3", "train=3: input should be a valid dictionary"),

@@ -33,6 +33,7 @@ CONFIG = {
     "EvalConfig",
     "ExportConfig",
     "FeaturesConfig",
+    "FinetuneConfig",
     "GenerateConfig",
     "Section",
     "ServeConfig",

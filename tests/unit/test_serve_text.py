@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -37,14 +37,12 @@ def pieces_of(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> list[str]:
     return [*(detokenizer.push(i) for i in ids), detokenizer.flush()]
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(0, len(BYTES) - 1), max_size=60))
 def test_pieces_of_any_tokens_add_up_to_their_decoding(ids: list[int]) -> None:
     # Random bytes: most of them are no valid UTF-8, and special tokens are among them.
     assert "".join(pieces_of(BYTES, ids)) == BYTES.decode(ids, skip_special_tokens=True)
 
 
-@settings(deadline=None)
 @given(st.text(max_size=30))
 def test_a_character_is_never_cut(text: str) -> None:
     text = text.replace("\ufffd", "")
@@ -54,7 +52,6 @@ def test_a_character_is_never_cut(text: str) -> None:
     assert not any("\ufffd" in piece for piece in pieces)
 
 
-@settings(deadline=None)
 @given(st.lists(st.sampled_from(["▁", "▁a", "b", "▁é", "語", "c", "é", "😀"]), max_size=30))
 def test_pieces_add_up_where_the_decoding_depends_on_the_token_before(words: list[str]) -> None:
     tokenizer = sentencepiece_like()
@@ -74,7 +71,6 @@ def test_the_first_word_alone_loses_its_space() -> None:
     assert pieces_of(tokenizer, ids) == ["a", " a", "b", ""]
 
 
-@settings(deadline=None)
 @given(
     st.lists(st.text("abc", min_size=1, max_size=3), max_size=12),
     st.lists(st.text("abc", min_size=1, max_size=4), max_size=3),

@@ -16,6 +16,7 @@ from core.draft.folder import load_head
 from core.errors import StageError
 from core.models.weights import load_embedding, load_output_head
 from core.tracking import read_metrics
+from core.train.draft import DraftTrainee
 from core.train.engine import TrainingEngine, build_engine
 from core.train.schedule import learning_rate
 from core.train.task import DraftTask, prepare, train
@@ -53,7 +54,8 @@ def _task(folders: tuple[Path, Path], **train: Any) -> DraftTask:
 
 def _engine(task: DraftTask) -> TrainingEngine:
     embedding, output_head = load_embedding(Path(task.target)), load_output_head(Path(task.target))
-    return build_engine(task.new_head(), embedding, output_head, task.config.train, CPU)
+    trainee = DraftTrainee(task.new_head(), embedding, output_head)
+    return build_engine(trainee, task.config.train, CPU)
 
 
 def _steps(engine: TrainingEngine, task: DraftTask, steps: range) -> list[float]:
@@ -124,6 +126,7 @@ def test_bfloat16_keeps_float32_weights_and_positions(folders: tuple[Path, Path]
     task = _task(folders, dtype="bfloat16", parallelism="zero1")
     engine = _engine(task)
     head = engine.module.head
+    assert isinstance(head, DraftHead)
     assert {p.dtype for p in head.parameters()} == {torch.bfloat16}
     for name, buffer in task.new_head().named_buffers():
         assert torch.equal(dict(head.named_buffers())[name], buffer)

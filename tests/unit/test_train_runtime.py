@@ -14,7 +14,7 @@ from ray.train.v2.api.exceptions import WorkerGroupError
 
 from core.config import Config
 from core.errors import ConfigError, InputError, StageError
-from core.runtime import training
+from core.runtime import workers
 from core.runtime.streaming import StreamBroken
 from jobs.train_draft import JOB
 from tests.tiny_features import write_tiny_features
@@ -43,14 +43,14 @@ def test_resources_are_those_of_all_workers(tmp_path: Path) -> None:
 def test_a_whole_snapshot_stays_and_a_broken_one_goes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    training._drop_broken_snapshot(tmp_path)
-    snapshot = tmp_path / training.SNAPSHOT
+    workers.drop_broken_snapshot(tmp_path, "train_draft")
+    snapshot = tmp_path / workers.SNAPSHOT
     snapshot.write_text('{"checkpoint_results": []}')
-    training._drop_broken_snapshot(tmp_path)
+    workers.drop_broken_snapshot(tmp_path, "train_draft")
     assert snapshot.exists()
     assert not capsys.readouterr().out
     snapshot.write_text('{"checkpoint_res')
-    training._drop_broken_snapshot(tmp_path)
+    workers.drop_broken_snapshot(tmp_path, "train_draft")
     assert not snapshot.exists()
     assert "was cut off" in capsys.readouterr().out
 
@@ -61,13 +61,13 @@ def test_a_users_error_in_a_worker_is_the_users() -> None:
         0: RuntimeError("connection closed by peer"),
         1: UserExceptionWithTraceback(cause, "Traceback …"),
     }
-    assert training._explain(WorkerGroupError("two workers failed", lost)) is cause
+    assert workers.explain(WorkerGroupError("two workers failed", lost)) is cause
     broken = StreamBroken(StageError("a target replica failed: out of memory"))
     lost[1] = UserExceptionWithTraceback(pickle.loads(pickle.dumps(broken)), "Traceback …")
-    explained = training._explain(WorkerGroupError("two workers failed", lost))
+    explained = workers.explain(WorkerGroupError("two workers failed", lost))
     assert isinstance(explained, StageError)
     assert str(explained) == "a target replica failed: out of memory"
-    explained = training._explain(WorkerGroupError("died", {0: lost[0]}))
+    explained = workers.explain(WorkerGroupError("died", {0: lost[0]}))
     assert isinstance(explained, StageError)
     assert "the last checkpoint" in str(explained)
 
@@ -80,7 +80,7 @@ def test_progress_follows_the_metrics(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("core.progress.SECONDS_BETWEEN_LINES", 0.0)
-    follower = training._Follower(tmp_path, total_steps=40)
+    follower = workers.Follower(tmp_path, total_steps=40, stage="train_draft")
     follower._show(_records(1))
     follower._show([*_records(1, 10), {"step": 10, "held_out_loss": 1.0, "held_out_top1": 0.125}])
     line = capsys.readouterr().out
@@ -93,10 +93,10 @@ def test_progress_follows_the_metrics(
 def test_what_an_earlier_run_left_is_no_progress(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(training, "SECONDS_BETWEEN_LOOKS", 0.01)
+    monkeypatch.setattr(workers, "SECONDS_BETWEEN_LOOKS", 0.01)
     lines = "".join(json.dumps(record) + "\n" for record in _records(1, 10))
     (tmp_path / "metrics.jsonl").write_text(lines)
-    with training._Follower(tmp_path, total_steps=40) as follower:
+    with workers.Follower(tmp_path, total_steps=40, stage="train_draft") as follower:
         time.sleep(0.2)
         assert follower._progress is None
         assert not capsys.readouterr().out

@@ -1,0 +1,219 @@
+"""A target made ready for training: whole, or frozen with LoRA adapters beside its linear layers.
+
+A frozen target may be kept in 4 bits (NF4 with double quantization: QLoRA, Dettmers et al. 2023)
+or in 8, with norms and output head in float32. The folder of adapters is peft's own, with a
+record of the target beside it, since adapters on another target give nonsense in silence.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+
+from core.config import FinetuneConfig
+from core.errors import ConfigError, InputError, MismatchError
+from core.models.target import quiet_transformers, target_fingerprint
+
+RECORD = "aerie.json"
+WEIGHTS = "adapter_model.safetensors"
+PEFT_CONFIG = "adapter_config.json"
+# Of peft's name for the one adapter that a model has.
+ADAPTER = ".default"
+
+
+def load_for_training(
+    folder: Path,
+    finetune: FinetuneConfig,
+    dtype: torch.dtype,
+    device: torch.device | None = None,
+    seed: int = 0,
+) -> nn.Module:
+    """The model; what `finetune.method` trains of it requires gradients, and is float32.
+
+    Args:
+        folder: of the target.
+        finetune: which method.
+        dtype: of frozen weights that are not quantized.
+        device: where quantized weights are made; None for the CPU.
+        seed: of the adapters' random halves.
+    Raises:
+        ConfigError: `finetune.target_modules` names no layer.
+    """
+    if finetune.method == "full":
+        return _load(folder, torch.float32).requires_grad_(True)
+    model = _load(folder, dtype, finetune.method, device).requires_grad_(False)
+    if finetune.method != "lora":
+        # Norms and output head to float32; what they cost is little beside the rest.
+        model = _peft().prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    return _with_adapters(model, finetune, seed)
+
+
+def count_trained(folder: Path, finetune: FinetuneConfig) -> tuple[int, int]:
+    """Parameters of the model, and those that are trained; nothing is allocated.
+
+    Raises:
+        ConfigError: `finetune.target_modules` names no layer.
+    """
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+        total = sum(parameter.numel() for parameter in model.parameters())
+        if finetune.method == "full":
+            return total, total
+        adapted = _with_adapters(model.requires_grad_(False), finetune, seed=0)
+    return total, sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+
+
+def save_adapters(
+    folder: Path,
+    weights: Mapping[str, Tensor],
+    finetune: FinetuneConfig,
+    target: Path,
+    location: str,
+) -> int:
+    """Write a peft folder; returns its bytes.
+
+    Args:
+        folder: is made.
+        weights: of the adapters, by their names in the model.
+        finetune: how they were made.
+        target: folder of the model that they belong to.
+        location: what it was called.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(
+        {name.replace(ADAPTER, ""): tensor.contiguous() for name, tensor in weights.items()},
+        folder / WEIGHTS,
+    )
+    config = _lora_config(finetune)
+    config.base_model_name_or_path, config.inference_mode = location, True
+    if not finetune.target_modules:
+        names = {name.split(".lora_")[0].rsplit(".", 1)[-1] for name in weights}
+        config.target_modules = names
+    config.save_pretrained(folder)
+    record = {"target_fingerprint": target_fingerprint(target), "method": finetune.method}
+    (folder / RECORD).write_text(json.dumps(record, indent=2))
+    return sum(file.stat().st_size for file in folder.iterdir())
+
+
+def load_adapted(target: Path, adapters: Path) -> nn.Module:
+    """The target as its adapters were trained on it, quantization included, and they upon it.
+
+    Float32 where nothing is quantized; for inference.
+    Raises:
+        InputError: no folder of adapters.
+        MismatchError: they were trained on another target.
+    """
+    method = check_adapters(target, adapters)
+    model = _load(target, torch.float32, method)
+    return _peft().PeftModel.from_pretrained(model, adapters).eval().requires_grad_(False)
+
+
+def merge_adapters(target: Path, adapters: Path) -> nn.Module:
+    """A plain model with the logits of `load_adapted`, float32: quantized weights are unpacked.
+
+    Raises:
+        InputError: no folder of adapters.
+        MismatchError: they were trained on another target.
+    """
+    method = check_adapters(target, adapters)
+    model = _load(target, torch.float32, method)
+    if method != "lora":
+        model = model.dequantize().float()
+        # It would be written as quantized still.
+        model.config.__dict__.pop("quantization_config", None)
+    return _peft().PeftModel.from_pretrained(model, adapters).merge_and_unload()
+
+
+def check_adapters(target: Path, adapters: Path) -> str:
+    """Make sure that adapters belong to a target; returns the method that trained them.
+
+    Raises:
+        InputError: no folder of adapters.
+        MismatchError: they were trained on another target.
+    """
+    record = adapters / RECORD
+    if not record.exists() or not (adapters / PEFT_CONFIG).exists():
+        raise InputError(
+            f"{adapters}: no {RECORD} and {PEFT_CONFIG} in it; give a folder of adapters that "
+            "finetune_target wrote (<output>/adapter)"
+        )
+    found: dict[str, Any] = json.loads(record.read_text())
+    if found["target_fingerprint"] != target_fingerprint(target):
+        raise MismatchError(
+            f"{adapters} was trained on another model than {target}; give the one that it was "
+            "trained on: its weights count, not its name"
+        )
+    return str(found["method"])
+
+
+def _load(
+    folder: Path, dtype: torch.dtype, method: str = "full", device: torch.device | None = None
+) -> Any:
+    quiet_transformers()
+    placement: dict[str, Any] = {}
+    if method == "qlora":
+        placement["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    elif method == "int8_lora":
+        placement["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
+    if placement:
+        placement["device_map"] = {"": device or torch.device("cpu")}
+    # transformers takes torch's fused attention where the architecture has it.
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **placement)
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # The first evaluation would pack the weights for a kernel that knows no gradients.
+            module.support_avx512bf16_for_cpu = False
+    return model
+
+
+def _with_adapters(model: Any, finetune: FinetuneConfig, seed: int) -> nn.Module:
+    with torch.random.fork_rng(devices=[]), _quiet_peft():
+        torch.manual_seed(seed)
+        try:
+            return _peft().get_peft_model(model, _lora_config(finetune))
+        except ValueError as error:
+            raise ConfigError(
+                f"finetune.target_modules={list(finetune.target_modules)}: {error}; name linear "
+                "layers of the target, such as q_proj, or leave it empty for all of them"
+            ) from error
+
+
+def _lora_config(finetune: FinetuneConfig) -> Any:
+    return _peft().LoraConfig(
+        r=finetune.rank,
+        lora_alpha=finetune.alpha,
+        lora_dropout=finetune.dropout,
+        target_modules=list(finetune.target_modules) or "all-linear",
+        task_type="CAUSAL_LM",
+    )
+
+
+def _peft() -> Any:
+    """peft, which not every fine-tuning needs; it takes seconds, and bitsandbytes has a say."""
+    quiet_transformers()
+    return importlib.import_module("peft")
+
+
+@contextlib.contextmanager
+def _quiet_peft() -> Iterator[None]:
+    with warnings.catch_warnings():
+        # GPT-2's layers are transposed, which peft sees and sets right by itself.
+        warnings.filterwarnings("ignore", message="fan_in_fan_out")
+        # For a mixture it plans for experts kept as one parameter, which are no linear layers.
+        warnings.filterwarnings("ignore", message="The following .*_pattern keys")
+        yield

@@ -1,0 +1,270 @@
+"""Workers of Ray Train, whatever they train: started, replaced when lost, followed.
+
+Ray Train starts the workers, replaces lost ones and keeps the checkpoints; the folder and the
+name of its run are always the same, so that a new driver goes on where a killed one was.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+from ray.train import (
+    Checkpoint,
+    CheckpointConfig,
+    CheckpointConsistencyMode,
+    FailureConfig,
+    RunConfig,
+    ScalingConfig,
+)
+from ray.train.torch import TorchConfig, TorchTrainer, get_device
+from ray.train.v2.api.config import LoggingConfig
+
+from core.config import TrainConfig
+from core.errors import StageError, UserError
+from core.progress import Progress, say
+from core.runtime.streaming import StreamBroken
+from core.runtime.watching import Watcher
+from core.tracking import read_metrics
+from core.train.evaluation import ACCEPTED_LENGTH
+
+STORAGE = "ray_train"
+SNAPSHOT = "checkpoint_manager_snapshot.json"
+SECONDS_BETWEEN_LOOKS = 1.0
+# Ray Train hands these on to its controller; what the user has set stays.
+RAY_TRAIN_SETTINGS = {
+    # The default of 2 adds seconds to the end of a run.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    # It writes an error into every job's log, and all it adds is that a node whose end was
+    # announced does not count towards train.max_failures.
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+}
+
+
+@dataclass(frozen=True)
+class WorkerGroup:
+    """The workers of one run.
+
+    Attributes:
+        stage: the job's name, for what is printed.
+        run: Ray Train's name of the run, below `ray_train`.
+        output: the run's folder.
+        train: how many workers, on what, and what is kept.
+    """
+
+    stage: str
+    run: str
+    output: Path
+    train: TrainConfig
+
+    def fit(
+        self, work: Callable[[dict[str, Any]], dict[str, Any]], settings: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Run `work(settings)` on all workers; returns what the first one's came to.
+
+        Args:
+            work: importable by name; goes through `on_worker`.
+            settings: for each.
+        Raises:
+            UserError: one that a worker ran into.
+            StageError: too many workers were lost, or `work` failed with one on all of them.
+        """
+        train, storage = self.train, self.output / STORAGE
+        drop_broken_snapshot(storage / self.run, self.stage)
+        for name, value in RAY_TRAIN_SETTINGS.items():
+            os.environ.setdefault(name, value)
+        trainer = TorchTrainer(
+            work,
+            train_loop_config=settings,
+            torch_config=TorchConfig(backend="nccl" if train.gpus_per_worker else "gloo"),
+            scaling_config=ScalingConfig(
+                num_workers=train.num_workers,
+                use_gpu=train.gpus_per_worker > 0,
+                resources_per_worker=_worker_resources(train),
+                placement_strategy="SPREAD",
+            ),
+            run_config=RunConfig(
+                name=self.run,
+                storage_path=str(storage),
+                failure_config=FailureConfig(max_failures=train.max_failures),
+                checkpoint_config=CheckpointConfig(num_to_keep=train.keep_checkpoints),
+                worker_runtime_env={"env_vars": _worker_environment(train)},
+                logging_config=LoggingConfig(log_level="ERROR"),
+            ),
+        )
+        try:
+            outcome = trainer.fit().return_value
+        except ray.train.TrainingFailedError as error:
+            raise explain(error) from error
+        if "failed" in outcome:
+            raise outcome["failed"]
+        return {**outcome, "workers": train.num_workers}
+
+
+def on_worker(
+    train: TrainConfig, work: Callable[[RayHost, torch.device], dict[str, Any]]
+) -> dict[str, Any]:
+    """What each worker runs: `work`, and what all of them need round it.
+
+    A result with the key `failed` is an error to be raised by the driver.
+    """
+    # Ray Train logs every report past its own log level.
+    logging.getLogger().setLevel(logging.WARNING)
+    torch.set_num_threads(_num_threads(train))
+    host = RayHost.here()
+    try:
+        figures = work(host, get_device())
+    except StageError as error:
+        # All workers are here. Raised, it would be taken for a lost worker and tried again.
+        return {"failed": error}
+    finally:
+        # The last checkpoint counts once the controller has taken note of it.
+        ray.train.get_all_reported_checkpoints(consistency_mode=CheckpointConsistencyMode.COMMITTED)
+    return figures if "failed" in figures else {**figures, "nodes": _count_nodes(host.world_size)}
+
+
+def _worker_resources(train: TrainConfig) -> dict[str, float]:
+    resources = {"CPU": train.cpus_per_worker}
+    return {**resources, "GPU": train.gpus_per_worker} if train.gpus_per_worker else resources
+
+
+def _worker_environment(train: TrainConfig) -> dict[str, str]:
+    """Variables that must be there before torch and DeepSpeed are imported."""
+    # More threads than CPUs make workers wait for each other: ten times slower on two cores.
+    variables = {"OMP_NUM_THREADS": str(_num_threads(train))}
+    return variables if train.gpus_per_worker else {**variables, "DS_ACCELERATOR": "cpu"}
+
+
+def _num_threads(train: TrainConfig) -> int:
+    return max(1, int(train.cpus_per_worker))
+
+
+def _count_nodes(world_size: int) -> int:
+    nodes: list[str] = [""] * world_size
+    torch.distributed.all_gather_object(nodes, ray.get_runtime_context().get_node_id())
+    return len(set(nodes))
+
+
+@dataclass(frozen=True)
+class RayHost:
+    """`core.train.loop.Host` on Ray Train."""
+
+    rank: int
+    world_size: int
+
+    @classmethod
+    def here(cls) -> RayHost:
+        context = ray.train.get_context()
+        return cls(context.get_world_rank(), context.get_world_size())
+
+    @contextmanager
+    def last_checkpoint(self) -> Iterator[Path | None]:
+        checkpoint = ray.train.get_checkpoint()
+        if checkpoint is None:
+            yield None
+            return
+        with checkpoint.as_directory() as folder:
+            yield Path(folder)
+
+    def keep_checkpoint(self, step: int, save: Callable[[Path], None]) -> None:
+        # All workers report; only the first one has something to keep.
+        with tempfile.TemporaryDirectory(prefix="aerie-") as folder:
+            save(Path(folder))
+            ray.train.report(
+                {"step": step},
+                checkpoint=Checkpoint.from_directory(folder) if self.rank == 0 else None,
+                checkpoint_dir_name=f"step-{step:08d}",
+            )
+
+
+def drop_broken_snapshot(run: Path, stage: str) -> None:
+    """Remove Ray Train's list of checkpoints if a kill cut it off while it was being written.
+
+    Ray Train would refuse to start for ever; without the list it starts from the first step.
+    """
+    snapshot = run / SNAPSHOT
+    try:
+        json.loads(snapshot.read_text())
+    except FileNotFoundError:
+        return
+    except ValueError:
+        say(stage, f"warning: {snapshot} was cut off; training starts from the first step")
+        snapshot.unlink()
+
+
+def explain(error: Exception) -> Exception:
+    """The user's error that a worker ran into, else a StageError that says what happened."""
+    failures = getattr(error, "worker_failures", {})
+    for failure in failures.values():
+        # Ray Train wraps what a worker raised.
+        cause = getattr(failure, "_base_exc", failure)
+        if isinstance(cause, StreamBroken):
+            return cause.error
+        if isinstance(cause, UserError):
+            return cause
+    return StageError(
+        f"training failed: {error}\nMore lost workers than train.max_failures; see the log above. "
+        "The same command goes on from the last checkpoint."
+    )
+
+
+class Follower(Watcher):
+    """Prints progress from the metrics file, which a worker on any node may be writing.
+
+    The driver prints, since what workers print arrives with a prefix and out of order.
+    """
+
+    def __init__(self, folder: Path, total_steps: int, stage: str) -> None:
+        super().__init__("follow metrics", SECONDS_BETWEEN_LOOKS)
+        self._folder, self._total, self._stage = folder, total_steps, stage
+        self._progress: Progress | None = None
+        self._tokens = 0
+        # What an interrupted run left is no progress of this one.
+        self._seen = len(read_metrics(folder))
+
+    def look(self) -> None:
+        """See `Watcher`."""
+        records = read_metrics(self._folder)
+        if len(records) != self._seen:
+            self._seen = len(records)
+            self._show(records)
+
+    def _show(self, records: list[dict[str, Any]]) -> None:
+        trained = [record for record in records if "loss" in record]
+        if not trained:
+            return
+        last = trained[-1]
+        if self._progress is None:
+            self._progress = Progress(self._stage, self._total, "steps", skipped=last["step"])
+        elif last["step"] < self._progress.done:
+            say(self._stage, f"a worker was lost; going on from step {last['step']}")
+            self._progress = Progress(self._stage, self._total, "steps", skipped=last["step"])
+        else:
+            self._progress.advance(
+                last["step"] - self._progress.done,
+                _note(records),
+                tokens=last["tokens"] - self._tokens,
+            )
+        self._tokens = last["tokens"]
+
+
+def _note(records: list[dict[str, Any]]) -> str:
+    """The latest metrics, in a few words."""
+    latest: dict[str, Any] = {}
+    for record in records[-20:]:
+        latest.update(record)
+    text = f"loss {latest['loss']:.3f} top-1 {latest['top1']:.3f}"
+    if "held_out_top1" in latest:
+        text += f" (held out {latest['held_out_top1']:.3f})"
+    if ACCEPTED_LENGTH in latest:
+        text += f" τ {latest[ACCEPTED_LENGTH]:.2f}"
+    return text

@@ -1,0 +1,153 @@
+"""Adapters: what is trained, what is kept of them, merging, and the model that they belong to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from core.config import FinetuneConfig
+from core.errors import ConfigError, InputError, MismatchError
+from core.models.adapters import (
+    check_adapters,
+    count_trained,
+    load_adapted,
+    load_for_training,
+    merge_adapters,
+    save_adapters,
+)
+from tests.tiny_targets import ARCHITECTURES, save_tiny
+
+METHODS = ("lora", "qlora", "int8_lora")
+
+
+def _finetune(method: str, **settings: object) -> FinetuneConfig:
+    return FinetuneConfig.model_validate({"method": method, "rank": 4, "alpha": 8, **settings})
+
+
+def _trained(folder: Path, finetune: FinetuneConfig) -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    """The model with adapters that do something."""
+    model = load_for_training(folder, finetune, torch.float32)
+    with torch.no_grad():
+        torch.manual_seed(1)
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and "lora_B" in name:
+                parameter.normal_(std=0.1)
+    weights = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    return model.eval(), weights
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_merged_weights_have_the_logits_of_base_and_adapters(tmp_path: Path, method: str) -> None:
+    folder = save_tiny(tmp_path / "base", "llama", hidden_size=64, intermediate_size=128)
+    finetune = _finetune(method)
+    model, weights = _trained(folder, finetune)
+    assert weights and all("lora_" in name for name in weights)
+    size = save_adapters(tmp_path / "adapter", weights, finetune, folder, str(folder))
+    assert size < 0.5 * (folder / "model.safetensors").stat().st_size
+    ids_1T = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        wanted = model(ids_1T).logits.float()
+        again = load_adapted(folder, tmp_path / "adapter")(ids_1T).logits.float()
+        merged = merge_adapters(folder, tmp_path / "adapter").eval()
+        found = merged(ids_1T).logits.float()
+        plain = load_for_training(folder, _finetune("full"), torch.float32)(ids_1T).logits
+    torch.testing.assert_close(again, wanted)
+    # int8 rounds what enters a layer too, which a merged model does not.
+    tolerance = 0.1 if method == "int8_lora" else 1e-4
+    scale = float(wanted.abs().max())
+    torch.testing.assert_close(found, wanted, rtol=0, atol=tolerance * scale)
+    assert float((plain - wanted).abs().max()) > 0.15 * scale
+    assert all(p.dtype == torch.float32 for p in merged.parameters())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_frozen_weights_are_kept_as_the_method_says(tmp_path: Path, method: str) -> None:
+    folder = save_tiny(tmp_path / "base", "llama", hidden_size=64, intermediate_size=128)
+    model, _ = _trained(folder, _finetune(method))
+    kinds = {type(m).__name__ for m in model.modules()}
+    expected = {"lora": "Linear", "qlora": "Linear4bit", "int8_lora": "Linear8bitLt"}[method]
+    assert expected in kinds
+    assert {"Linear4bit", "Linear8bitLt"} & kinds <= {expected}
+    if method == "qlora":
+        states = [getattr(p, "quant_state", None) for p in model.parameters()]
+        found = {(state.quant_type, state.nested) for state in states if state is not None}
+        assert found == {("nf4", True)}
+    if method != "lora":
+        for name, parameter in model.named_parameters():
+            if "norm" in name or "lm_head" in name:
+                assert parameter.dtype == torch.float32, name
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_what_is_trained_is_counted_without_making_it(tmp_path: Path, architecture: str) -> None:
+    folder = save_tiny(tmp_path / "base", architecture, tied=architecture == "gpt2")
+    for method in ("full", "lora"):
+        model = load_for_training(folder, _finetune(method), torch.float32)
+        total, trained = count_trained(folder, _finetune(method))
+        parameters = list(model.parameters())
+        assert trained == sum(p.numel() for p in parameters if p.requires_grad)
+        frozen = sum(p.numel() for p in parameters if not p.requires_grad)
+        assert total == (frozen if method == "lora" else trained)
+
+
+def test_adapters_go_where_they_are_told_and_nowhere_else(tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "base", "llama")
+    some = _finetune("lora", target_modules=["q_proj"])
+    _, weights = _trained(folder, some)
+    assert all("q_proj" in name for name in weights) and len(weights) == 4
+    wrong = _finetune("lora", target_modules=["attention"])
+    with pytest.raises(ConfigError, match=r"finetune\.target_modules=\['attention'\].*q_proj"):
+        count_trained(folder, wrong)
+
+
+def test_a_wrong_base_is_refused(tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "base", "llama")
+    finetune = _finetune("lora")
+    _, weights = _trained(folder, finetune)
+    save_adapters(tmp_path / "adapter", weights, finetune, folder, str(folder))
+    assert check_adapters(folder, tmp_path / "adapter") == "lora"
+    other = save_tiny(tmp_path / "other", "llama", initializer_range=0.2)
+    for refuse in (merge_adapters, load_adapted):
+        with pytest.raises(MismatchError, match="trained on another model"):
+            refuse(other, tmp_path / "adapter")
+    with pytest.raises(InputError, match=r"no aerie\.json"):
+        merge_adapters(folder, folder)
+
+
+def test_peft_reads_the_folder(tmp_path: Path) -> None:
+    from peft import AutoPeftModelForCausalLM
+
+    folder = save_tiny(tmp_path / "base", "llama")
+    finetune = _finetune("lora")
+    model, weights = _trained(folder, finetune)
+    save_adapters(tmp_path / "adapter", weights, finetune, folder, str(folder))
+    assert len(load_file(tmp_path / "adapter" / "adapter_model.safetensors")) == len(weights)
+    ids_1T = torch.arange(3, 40)[None]
+    theirs = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(ids_1T).logits, model(ids_1T).logits)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_evaluation_changes_no_gradient(tmp_path: Path, method: str) -> None:
+    folder = save_tiny(tmp_path / "base", "llama", hidden_size=64, head_dim=16)
+    model, _ = _trained(folder, _finetune(method))
+    ids_1T = torch.arange(3, 40)[None]
+
+    def gradients() -> list[torch.Tensor]:
+        model.train().zero_grad()
+        model(ids_1T).logits.float().square().mean().backward()
+        return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    before = gradients()
+    with torch.no_grad():
+        model.eval()(ids_1T)
+    after = gradients()
+    assert len(before) == len(after) == 2 * 2 * 7
+    assert all(
+        torch.equal(a, b) and bool((a != 0).any()) for a, b in zip(after, before, strict=True)
+    )
