@@ -86,6 +86,7 @@ def build_api(backend: Backend, desk: Desk, config: ServeConfig) -> FastAPI:
         hashes=config.api_keys,
         admin_hashes=config.admin_keys,
         max_bytes=config.max_request_bytes,
+        per_minute=config.requests_per_minute,
     )
     metrics = Metrics(config.model_name)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import re
 import time
 import uuid
@@ -15,6 +16,7 @@ from starlette.exceptions import HTTPException
 
 from serve.errors import ApiError
 from serve.keys import is_known
+from serve.rates import RateLimit
 
 REQUEST_ID = "X-Request-ID"
 # Without a key: what monitors ask, and the page, which has none.
@@ -34,9 +36,16 @@ class Guard:
     """An ASGI application in front of another."""
 
     def __init__(
-        self, app: Any, *, hashes: Collection[str], admin_hashes: Collection[str], max_bytes: int
+        self,
+        app: Any,
+        *,
+        hashes: Collection[str],
+        admin_hashes: Collection[str],
+        max_bytes: int,
+        per_minute: int | None = None,
     ) -> None:
         self._app, self._max_bytes = app, max_bytes
+        self._limit = None if per_minute is None else RateLimit(per_minute)
         self._hashes, self._admin_hashes = frozenset(hashes), frozenset(admin_hashes)
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
@@ -57,6 +66,7 @@ class Guard:
 
         try:
             refusal = self._refusal(scope["path"], headers)
+            refusal = refusal or self._too_often(scope, headers)
             if refusal is not None:
                 await refusal.response()(scope, receive, named)
             else:
@@ -87,6 +97,23 @@ class Guard:
         if length.isascii() and length.isdigit() and int(length[:20]) > self._max_bytes:
             return ApiError(413, self._too_large(), code="request_too_large")
         return None
+
+    def _too_often(self, scope: Message, headers: Headers) -> ApiError | None:
+        if self._limit is None or scope["path"] in OPEN_PATHS or scope["path"].startswith(ADMIN):
+            return None
+        # Without keys, who asks is an address; several clients may share one.
+        client = headers.get("Authorization", "") if self._hashes else None
+        if client is None:
+            client = (scope.get("client") or ("",))[0]
+        wait_s = self._limit.wait_s(client, time.monotonic())
+        if not wait_s:
+            return None
+        return ApiError(
+            429,
+            f"too many requests from this client; the next one is taken in {wait_s:.1f} seconds",
+            code="rate_limit_exceeded",
+            retry_after_s=math.ceil(wait_s),
+        )
 
     def _limited(self, receive: Receive) -> Receive:
         """For a body that does not say how long it is, or is longer than it says."""

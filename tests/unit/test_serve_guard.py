@@ -12,7 +12,7 @@ import pytest
 
 from core.config import ServeConfig
 from core.errors import ConfigError, InputError
-from serve.keys import key_hashes
+from serve.keys import key_hash, key_hashes
 from tests.in_process import CHAT, HELLO, TEXT, TGI, Service, in_process
 
 KEY, OTHER = "sk-one", "sk-two"
@@ -146,3 +146,24 @@ def test_requests_are_counted(service: Service) -> None:
     # No head, no drafts.
     assert found["vllm:spec_decode_num_drafts_total"] == 0
     assert any("aerie:request_refused_total" in name and '"400"' in name for name in found)
+
+
+def test_a_client_may_ask_so_often(service: Service) -> None:
+    keys = [f"key {number}" for number in range(2)]
+    hashes = tuple(map(key_hash, keys))
+    limited = service.configured(api_keys=hashes, requests_per_minute=3)
+
+    def ask(key: str, path: str = "/v1/models") -> httpx.Response:
+        headers = {"Authorization": f"Bearer {key}"}
+        return limited.run(limited.client.get(path, headers=headers))
+
+    assert [ask(keys[0]).status_code for _ in range(4)] == [200, 200, 200, 429]
+    refused = ask(keys[0])
+    assert refused.json()["error"]["code"] == "rate_limit_exceeded"
+    assert 1 <= int(refused.headers["Retry-After"]) <= 20
+    assert ask(keys[1]).status_code == 200
+    assert ask("unknown").status_code == 401
+    assert ask(keys[0], "/health").status_code == 200
+    by_address = service.configured(requests_per_minute=1)
+    statuses = [by_address.call("/tokenize").status_code for _ in range(2)]
+    assert statuses == [200, 429]

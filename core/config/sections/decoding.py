@@ -138,6 +138,9 @@ class ServeConfig(Section):
     retries: int = setting(
         3, "other replicas that a request is asked of when the one that answers it dies", ge=0
     )
+    requests_per_minute: int | None = setting(
+        None, "requests that a key (or, without keys, an address) may make; null is no limit", ge=1
+    )
     deadline_s: float = setting(
         600.0, "seconds after which an answer is given up, its waiting included", gt=0
     )
