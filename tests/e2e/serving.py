@@ -40,10 +40,11 @@ STOP_TIMEOUT_S = 90
 
 @dataclass(frozen=True)
 class Served:
-    """A running server."""
+    """A running server, and the process that was started for it."""
 
     url: str
     config: Config
+    process_id: int
 
 
 def make_models(folder: Path) -> Config:
@@ -147,7 +148,7 @@ def serving(config: Config, folder: Path) -> Iterator[Served]:
         )
     try:
         wait_until_ready(process, log)
-        yield Served(f"http://127.0.0.1:{config.serve.port}", config)
+        yield Served(f"http://127.0.0.1:{config.serve.port}", config, process.pid)
         process.send_signal(signal.SIGINT)
         assert process.wait(STOP_TIMEOUT_S) == 0, log.read_text()
     finally:

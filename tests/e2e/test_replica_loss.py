@@ -26,10 +26,10 @@ REPLICA = "ray::ServeReplica:aerie:Decoder"
 TIMEOUT_S = 180.0
 
 
-def replicas_of(parent: psutil.Process) -> list[int]:
-    """Process ids of the decoder replicas that some process started."""
+def replicas_of(served: Served) -> list[int]:
+    """Process ids of a server's decoder replicas."""
     found = []
-    for process in parent.children(recursive=True):
+    for process in psutil.Process(served.process_id).children(recursive=True):
         try:
             if " ".join(process.cmdline()).startswith(REPLICA):
                 found.append(process.pid)
@@ -72,7 +72,7 @@ def test_every_answer_is_whole_though_replicas_are_killed(tmp_path: Path) -> Non
     with serving(config, tmp_path) as served, ThreadPoolExecutor(12) as threads:
         for number in range(2):
             begun = threading.Event()
-            replicas = replicas_of(psutil.Process())
+            replicas = replicas_of(served)
             assert len(replicas) == 2
             answers = [
                 (prompt, threads.submit(ask, served, prompt, begun, stream))
@@ -93,7 +93,7 @@ def wait_for_replicas(served: Served, killed: int) -> None:
     """Until the one that was killed has been replaced."""
     deadline = time.monotonic() + TIMEOUT_S
     while time.monotonic() < deadline:
-        alive = replicas_of(psutil.Process())
+        alive = replicas_of(served)
         health = httpx.get(f"{served.url}/health").json()
         if killed not in alive and len(alive) == 2 and health["replicas"] == 2:
             return
