@@ -7,8 +7,10 @@ import time
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
+from core.decode.phases import PhaseSeconds
 from serve.generation import Finished, Progressed, ScoredToken
 
 Json = dict[str, Any]
@@ -96,6 +98,7 @@ class OpenAIAnswer(Answer):
                 "spans": progressed.spans,
                 "tokens": progressed.num_tokens,
                 "tree_size": progressed.tree_size,
+                "seconds": _seconds(progressed.seconds),
             }
         return [self._chunk(choice)]
 
@@ -133,7 +136,13 @@ def _figures(finished: Finished) -> Json:
         "accepted_length": round(finished.accepted_length, 4),
         "tokens_per_second": round(finished.tokens_per_second, 2),
         "rounds": finished.rounds,
+        "tree_size": round(finished.tree_size, 2),
+        "seconds": _seconds(finished.seconds),
     }
+
+
+def _seconds(seconds: PhaseSeconds) -> Json:
+    return {name: round(value, 5) for name, value in asdict(seconds).items()}
 
 
 def scored(tokens: Sequence[ScoredToken]) -> list[Json]:

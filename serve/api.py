@@ -13,8 +13,10 @@ from fastapi import FastAPI
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 
 from core.config import ServeConfig
+from serve.admin import add_admin
 from serve.answers import Answer, Json, model_card, model_list, server_sent
 from serve.completions import CompletionRequest
+from serve.desk import Desk
 from serve.errors import EXCEPTION_HANDLERS, ApiError, internal_error
 from serve.generation import (
     Accepted,
@@ -25,11 +27,13 @@ from serve.generation import (
     Progressed,
     Prompt,
     Rejected,
+    Restarted,
     Tokens,
 )
 from serve.guard import Guard
 from serve.metrics import CONTENT_TYPE, Metrics
 from serve.openai_chat import ChatRequest
+from serve.retry import resumed
 from serve.tgi import GenerateRequest
 from serve.tokens import DetokenizeRequest, TokenizeRequest, tokenized
 
@@ -46,7 +50,11 @@ class Backend(Protocol):
     """Decoder replicas, as the interface sees them."""
 
     def generate(self, request: Generation) -> AsyncGenerator[Event, None]:
-        """A replica's events; closing it stops the generation."""
+        """A replica's events; closing it stops the generation.
+
+        Raises:
+            ReplicaLostError: the replica died.
+        """
 
     async def tokenize(self, prompt: Prompt, field: str) -> Tokens | Rejected:
         """The tokens that a prompt is read as."""
@@ -58,34 +66,38 @@ class Backend(Protocol):
         """How many replicas run."""
 
 
-Generate = Callable[[Generation], AsyncGenerator[Event, None]]
-"""A backend's `generate`."""
+Ask = Callable[[Generation, bool], AsyncGenerator[Event, None]]
+"""The events of a request, which are streamed to the client or not."""
 
 
-def build_api(backend: Backend, config: ServeConfig) -> FastAPI:
-    """All routes; `backend` answers them."""
+def build_api(backend: Backend, desk: Desk, config: ServeConfig) -> FastAPI:
+    """All routes; `backend` answers them, those of /admin `desk`."""
     api = FastAPI(
         title="Aerie",
         summary="A speculative decoder that speaks OpenAI's and TGI's protocols.",
         # Their pages would load scripts from elsewhere; /openapi.json stays.
         docs_url=None,
         redoc_url=None,
+        redirect_slashes=False,
         exception_handlers=EXCEPTION_HANDLERS,  # type: ignore[arg-type]
     )
     api.add_middleware(
         Guard,
         hashes=config.api_keys,
+        admin_hashes=config.admin_keys,
         max_bytes=config.max_request_bytes,
     )
     metrics = Metrics(config.model_name)
 
-    def generate(request: Generation) -> AsyncGenerator[Event, None]:
-        return _until(metrics.watched(backend.generate(request)), config.deadline_s)
+    def ask(request: Generation, streamed: bool) -> AsyncGenerator[Event, None]:
+        events = resumed(backend.generate, request, streamed=streamed, retries=config.retries)
+        return _until(metrics.watched(events), config.deadline_s)
 
     _add_pages(api, backend, metrics)
-    _add_openai(api, generate, config)
-    _add_tgi(api, generate)
+    _add_openai(api, ask, config)
+    _add_tgi(api, ask)
     _add_tokens(api, backend, config)
+    add_admin(api, desk)
     return api
 
 
@@ -133,7 +145,7 @@ def _add_pages(api: FastAPI, backend: Backend, metrics: Metrics) -> None:
         return Response(metrics.text(), media_type=CONTENT_TYPE)
 
 
-def _add_openai(api: FastAPI, ask: Generate, config: ServeConfig) -> None:
+def _add_openai(api: FastAPI, ask: Ask, config: ServeConfig) -> None:
     name, created = config.model_name, int(time.time())
 
     @api.get("/v1/models")
@@ -160,7 +172,7 @@ def _add_openai(api: FastAPI, ask: Generate, config: ServeConfig) -> None:
         return await _respond(ask, body.generation(), body.answer(name), body.stream)
 
 
-def _add_tgi(api: FastAPI, ask: Generate) -> None:
+def _add_tgi(api: FastAPI, ask: Ask) -> None:
     @api.post("/generate", response_model=None)
     async def generate(body: GenerateRequest) -> Response:
         """Go on with a text, as TGI does."""
@@ -202,8 +214,8 @@ def _check_model(name: str, served: str) -> None:
         )
 
 
-async def _respond(ask: Generate, request: Generation, answer: Answer, stream: bool) -> Response:
-    events = ask(request)
+async def _respond(ask: Ask, request: Generation, answer: Answer, stream: bool) -> Response:
+    events = ask(request, stream)
     try:
         answer.prompt_tokens = await _prompt_tokens(events)
     except BaseException:
@@ -230,13 +242,15 @@ async def _whole(events: AsyncGenerator[Event, None], request: Generation, answe
     finished: dict[int, Finished] = {}
     async with aclosing(events):
         async for event in events:
-            if isinstance(event, Progressed):
+            if isinstance(event, Restarted):
+                rounds, finished = [], {}
+            elif isinstance(event, Progressed):
                 rounds.append(event)
-            if isinstance(event, Finished):
+            elif isinstance(event, Finished):
                 finished[event.choice] = event
-    if len(finished) < request.choices:
+    if len(finished) < request.num_answers:
         raise internal_error()
-    return answer.whole(rounds, [finished[place] for place in range(request.choices)])
+    return answer.whole(rounds, [finished[place] for place in range(request.num_answers)])
 
 
 async def _stream(events: AsyncGenerator[Event, None], answer: Answer) -> AsyncGenerator[str, None]:
@@ -245,10 +259,10 @@ async def _stream(events: AsyncGenerator[Event, None], answer: Answer) -> AsyncG
             yield server_sent(chunk)
         try:
             async for event in events:
+                chunks: list[Json | str] = []
                 if isinstance(event, Progressed):
                     chunks = answer.part(event)
-                else:
-                    assert isinstance(event, Finished)
+                elif isinstance(event, Finished):
                     chunks = answer.ended(event)
                 for chunk in chunks:
                     yield server_sent(chunk)

@@ -14,6 +14,7 @@ from typing import Any
 
 from fastapi import FastAPI
 from ray import serve as ray_serve
+from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.config import AutoscalingConfig
 from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
@@ -21,12 +22,16 @@ from ray.serve.handle import DeploymentHandle
 from core.config import Config, ServeConfig
 from core.errors import ConfigError
 from serve.api import build_api
+from serve.desk import Decision, Head, HeadDesk
 from serve.errors import ApiError, internal_error
 from serve.generation import Event, Generation, Prompt, Rejected, Tokens
-from serve.keys import key_hashes
+from serve.keys import admin_key_hashes, key_hashes
 from serve.replica import RETRY_AFTER_S, DecoderReplica
+from serve.retry import ReplicaLostError, lost_for_good
 
 DECODER = "Decoder"
+# Its `user_config` {"path": …, "canary": …} brings a draft head into service.
+DESK = "Heads"
 # What may be in a replica beyond those it decodes and those that wait in it: it refuses them
 # itself, at once, where the router would let them wait.
 MAX_REFUSED_AT_ONCE = 64
@@ -41,8 +46,8 @@ logger = logging.getLogger("ray.serve")
 class DecoderReplicas:
     """The decoder's deployment, of which each request takes one replica."""
 
-    def __init__(self, handle: DeploymentHandle) -> None:
-        self._handle = handle
+    def __init__(self, handle: DeploymentHandle, retries: int) -> None:
+        self._handle, self._retries = handle, retries
         self._streaming = handle.options(stream=True)
 
     async def generate(self, request: Generation) -> AsyncGenerator[Event, None]:
@@ -51,6 +56,8 @@ class DecoderReplicas:
         try:
             async for event in response:
                 yield event
+        except RayActorError as error:
+            raise ReplicaLostError(str(error)) from error
         except Exception as error:
             raise _api_error(error) from error
         finally:
@@ -58,21 +65,58 @@ class DecoderReplicas:
 
     async def tokenize(self, prompt: Prompt, field: str) -> Tokens | Rejected:
         """The tokens that a prompt is read as."""
-        return await self._ask(self._handle.tokenize.remote(prompt, field))
+        return await self._ask(self._handle.tokenize, prompt, field)
 
     async def detokenize(self, token_ids: tuple[int, ...]) -> str | Rejected:
         """The text of tokens."""
-        return await self._ask(self._handle.detokenize.remote(token_ids))
+        return await self._ask(self._handle.detokenize, token_ids)
 
     async def running(self) -> int:
         """How many replicas run."""
         return await asyncio.to_thread(_running_replicas)
 
-    async def _ask(self, response: Any) -> Any:
+    async def _ask(self, method: Any, *arguments: Any) -> Any:
+        for _ in range(self._retries + 1):
+            try:
+                return await method.remote(*arguments)
+            except RayActorError as error:
+                logger.warning("a replica died in mid-request", exc_info=error)
+            except Exception as error:
+                raise _api_error(error) from error
+        raise lost_for_good(self._retries)
+
+
+class ServedReplica(DecoderReplica):
+    """A decoder replica that follows the desk's deployment."""
+
+    def __init__(self, config: Config, desk: DeploymentHandle) -> None:
+        super().__init__(config, desk.report.remote)
+
+
+class ServedDesk:
+    """The desk's deployment."""
+
+    def __init__(self, handle: DeploymentHandle) -> None:
+        self._handle = handle
+
+    async def propose(self, path: str, share: float | None = None) -> Head:
+        """See `HeadDesk`."""
+        return await self._ask(self._handle.propose, path, share)
+
+    async def settled(self, number: int, timeout_s: float) -> Decision | None:
+        """See `HeadDesk`."""
+        return await self._ask(self._handle.settled, number, timeout_s)
+
+    async def status(self) -> dict[str, Any]:
+        """See `HeadDesk`."""
+        return await self._ask(self._handle.status)
+
+    async def _ask(self, method: Any, *arguments: Any) -> Any:
         try:
-            return await response
-        except Exception as error:
-            raise _api_error(error) from error
+            return await method.remote(*arguments)
+        except RayTaskError as error:
+            # Ray's own is of the cause's type too, but tells all of its traceback.
+            raise error.cause from error
 
 
 def _api_error(error: Exception) -> ApiError:
@@ -106,12 +150,15 @@ def _running_replicas() -> int:
 class Ingress:
     """Turns HTTP into requests for the decoder replicas and their events into HTTP."""
 
-    def __init__(self, decoder: DeploymentHandle, config: ServeConfig) -> None:
-        self._decoder, self._config = decoder, config
+    def __init__(
+        self, decoder: DeploymentHandle, desk: DeploymentHandle, config: ServeConfig
+    ) -> None:
+        self._decoder, self._desk, self._config = decoder, desk, config
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Called by Ray Serve, after the constructor."""
-        return build_api(DecoderReplicas(self._decoder), self._config)
+        replicas = DecoderReplicas(self._decoder, self._config.retries)
+        return build_api(replicas, ServedDesk(self._desk), self._config)
 
 
 def build_app(args: Config) -> ray_serve.Application:
@@ -130,7 +177,7 @@ def build_app(args: Config) -> ray_serve.Application:
             f"serve.replicas={config.replicas}; raise it"
         )
     decoder: Any = ray_serve.deployment(
-        DecoderReplica,
+        ServedReplica,
         name=DECODER,
         ray_actor_options={
             "num_cpus": config.cpus_per_replica,
@@ -147,6 +194,10 @@ def build_app(args: Config) -> ray_serve.Application:
         graceful_shutdown_timeout_s=GRACEFUL_SHUTDOWN_S,
         max_constructor_retry_count=MAX_STARTS,
     )
+    desk: Any = ray_serve.deployment(HeadDesk, name=DESK, ray_actor_options={"num_cpus": 0})
+    head_desk = desk.bind(args.draft.path, rounds=config.canary_rounds, gain=config.canary_gain)
     # Read here: the ingress may be on another node.
-    keyed = config.model_copy(update={"api_keys": key_hashes(config)})
-    return Ingress.bind(decoder.bind(args), keyed)  # type: ignore[attr-defined]
+    keyed = config.model_copy(
+        update={"api_keys": key_hashes(config), "admin_keys": admin_key_hashes(config)}
+    )
+    return Ingress.bind(decoder.bind(args, head_desk), head_desk, keyed)  # type: ignore[attr-defined]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -71,7 +72,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     bits.add_argument("--load-in-4bit", action="store_true", help="with --model: NF4 weights")
     parser.add_argument("--temperature", type=float, help="the server's default if not given")
     parser.add_argument("--max-tokens", type=int, help="longest answer, in tokens")
+    parser.add_argument(
+        "--key-env",
+        default="AERIE_API_KEY",
+        metavar="NAME",
+        help="environment variable with the API key, where the server asks for one (%(default)s)",
+    )
     arguments = parser.parse_args(argv)
+    key = os.environ.get(arguments.key_env, "").strip()
     given = {"temperature": arguments.temperature, "max_tokens": arguments.max_tokens}
     settings = {name: value for name, value in given.items() if value is not None}
     console = Console(highlight=False)
@@ -79,9 +87,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return guarded(lambda: _here(console, arguments), "aerie chat")
     if arguments.load_in_8bit or arguments.load_in_4bit:
         parser.error("--load-in-8bit and --load-in-4bit go with --model: a server has loaded its")
-    with httpx.Client(base_url=arguments.url, timeout=httpx.Timeout(10, read=None)) as client:
+    with httpx.Client(
+        base_url=arguments.url,
+        timeout=httpx.Timeout(10, read=None),
+        headers={"Authorization": f"Bearer {key}"} if key else {},
+    ) as client:
         try:
-            model = client.get("/v1/models").raise_for_status().json()["data"][0]["id"]
+            response = client.get("/v1/models")
+            if response.status_code == 401:
+                print(f"aerie chat: {arguments.url} asks for an API key, and {arguments.key_env} "
+                      "does not hold it; set it, or give --key-env", file=sys.stderr)  # fmt: skip
+                return EXIT_FAILURE
+            model = response.raise_for_status().json()["data"][0]["id"]
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             print(f"aerie chat: no server at {arguments.url} ({error}); start one with "
                   "`aerie serve` or give --url", file=sys.stderr)  # fmt: skip

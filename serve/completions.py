@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from serve.answers import Json, OpenAIAnswer
 from serve.fields import SampledBody, TokenId, Unicode
-from serve.generation import Finished, Generation, Progressed
+from serve.generation import Finished, Generation, Progressed, Prompt
 
 # OpenAI's defaults and limits.
 MAX_TOKENS = 16
 MOST_LOGPROBS = 5
+# Each takes a place in the queue; with `n`, as many.
+MOST_PROMPTS = 64
 
 
 class CompletionRequest(SampledBody):
@@ -22,7 +24,6 @@ class CompletionRequest(SampledBody):
     IGNORED: ClassVar[frozenset[str]] = frozenset({"user"})
     NEUTRAL: ClassVar[Mapping[str, Sequence[Any]]] = {
         "best_of": (1,),
-        "echo": (False,),
         "suffix": ("",),
     }
 
@@ -30,24 +31,44 @@ class CompletionRequest(SampledBody):
     max_tokens: int = Field(MAX_TOKENS, ge=1)
     logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
 
+    echo: bool = False
+
     @field_validator("prompt")
     @classmethod
-    def _one_prompt(cls, value: Any) -> Any:
-        if isinstance(value, list) and value and not isinstance(value[0], int):
-            if len(value) > 1:
-                raise ValueError(f"got {len(value)} prompts; send one a request")
-            return value[0]
+    def _some_prompts(cls, value: Any) -> Any:
+        if isinstance(value, list) and not value:
+            raise ValueError("the prompt is empty; give at least one token")
+        if isinstance(value, list) and len(value) > MOST_PROMPTS and not isinstance(value[0], int):
+            raise ValueError(f"got {len(value)} prompts; send {MOST_PROMPTS} a request at most")
         return value
+
+    @model_validator(mode="after")
+    def _no_scored_echo(self) -> CompletionRequest:
+        if self.echo and self.logprobs is not None:
+            raise ValueError("echo goes without logprobs here: those of a prompt are not computed")
+        return self
+
+    @property
+    def prompts(self) -> list[Prompt]:
+        """Each of them, a text or its tokens."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if isinstance(self.prompt[0], int):
+            return [tuple(self.prompt)]
+        return [one if isinstance(one, str) else tuple(one) for one in self.prompt]
 
     def generation(self) -> Generation:
         """What the decoder is asked."""
-        prompt = self.prompt if isinstance(self.prompt, str) else tuple(self.prompt)
-        return self.asked(prompt, "prompt", self.max_tokens, self.logprobs)  # type: ignore[arg-type]
+        return self.asked(self.prompts, "prompt", self.max_tokens, self.logprobs, echo=self.echo)
 
     def answer(self, model: str) -> CompletionAnswer:
         """What builds the response."""
         return CompletionAnswer(
-            model, "cmpl", choices=self.n, with_spans=self.with_spans, with_usage=self.with_usage
+            model,
+            "cmpl",
+            choices=self.n * len(self.prompts),
+            with_spans=self.with_spans,
+            with_usage=self.with_usage,
         )
 
 

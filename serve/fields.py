@@ -108,7 +108,7 @@ class SampledBody(Body):
     min_p: float | None = Field(None, ge=0, le=1)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
-    repetition_penalty: float | None = Field(None, gt=0, le=1e6)
+    repetition_penalty: float | None = Field(None, ge=1e-3, le=1e3)
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stop: Unicode | list[Annotated[Unicode, Field(min_length=1)]] | None = None
@@ -145,12 +145,18 @@ class SampledBody(Body):
         return self.stream_options is not None and self.stream_options.include_usage
 
     def asked(
-        self, prompt: Prompt, field: str, max_new_tokens: int | None, logprobs: int | None
+        self,
+        prompts: Sequence[Prompt],
+        field: str,
+        max_new_tokens: int | None,
+        logprobs: int | None,
+        *,
+        echo: bool = False,
     ) -> Generation:
-        """What the decoder is asked, with the prompt that a field holds."""
+        """What the decoder is asked, with the prompts that a field holds."""
         bias = {int(token): value for token, value in (self.logit_bias or {}).items()}
         return Generation(
-            prompt,
+            tuple(prompts),
             prompt_field=field,
             choices=self.n,
             max_new_tokens=max_new_tokens,
@@ -168,4 +174,5 @@ class SampledBody(Body):
             seed=self.seed,
             stops=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
             stop_token_ids=tuple(self.stop_token_ids or ()),
+            echo=echo,
         )

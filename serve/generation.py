@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from core.decode.phases import NO_SECONDS, PhaseSeconds
 from serve.text import Span
 
 Role = Literal["system", "user", "assistant"]
@@ -33,17 +34,18 @@ class Generation:
     """A request to a decoder replica; None means the server's default.
 
     Attributes:
-        prompt: to answer, or to go on from.
-        prompt_field: what the client calls it, for errors.
-        choices: answers, independent of each other.
+        prompts: to answer, or to go on from.
+        prompt_field: what the client calls them, for errors.
+        choices: answers to each prompt, independent of each other; they are numbered through.
         max_new_tokens: most tokens of each.
         sampling: settings of `core.decode.sampling.SamplingSettings` by name, where given.
-        seed: of the first choice; the next one has the next seed.
+        seed: of each prompt's first choice; the next one has the next seed.
         stops: strings, before the first of which the text ends.
         stop_token_ids: tokens that end it; they are its last.
+        echo: whether the text begins with the prompt's.
     """
 
-    prompt: Prompt
+    prompts: tuple[Prompt, ...]
     prompt_field: str = "messages"
     choices: int = 1
     max_new_tokens: int | None = None
@@ -51,6 +53,11 @@ class Generation:
     seed: int | None = None
     stops: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
+    echo: bool = False
+
+    @property
+    def num_answers(self) -> int:
+        return len(self.prompts) * self.choices
 
 
 @dataclass(frozen=True)
@@ -71,16 +78,30 @@ class Rejected:
 
 @dataclass(frozen=True)
 class Failed:
-    """Last event of a request that the decoder could not finish."""
+    """Last event of a request that the decoder could not finish.
+
+    Attributes:
+        again: whether asking once more helps: the draft head was one on trial.
+    """
 
     message: str
+    again: bool = False
 
 
 @dataclass(frozen=True)
 class Accepted:
-    """First event: the request waits for its turn or is at work."""
+    """First event: the request waits for its turn or is at work.
+
+    Attributes:
+        prompt_tokens: of all prompts together.
+    """
 
     prompt_tokens: int
+
+
+@dataclass(frozen=True)
+class Restarted:
+    """The replica died after `Accepted`, and another one takes the request over."""
 
 
 @dataclass(frozen=True)
@@ -114,18 +135,24 @@ class Progressed:
     Attributes:
         choice: which, from 0.
         spans: its text, which may be none yet.
-        num_tokens: its tokens.
+        ids: its tokens.
         tree_size: of its draft tree; 0 for the prompt's pass.
-        tokens: the same tokens, where log-probabilities were asked for.
+        tokens: the same, where log-probabilities were asked for.
         num_guessed: how many of them had been guessed: the first ones.
+        seconds: of the rounds since the event before.
     """
 
     choice: int
     spans: tuple[Span, ...]
-    num_tokens: int
+    ids: tuple[int, ...]
     tree_size: int
     tokens: tuple[ScoredToken, ...] = ()
     num_guessed: int = 0
+    seconds: PhaseSeconds = NO_SECONDS
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.ids)
 
     @property
     def text(self) -> str:
@@ -142,6 +169,8 @@ class Finished:
         rounds: target passes after the prompt's.
         accepted_length: τ, tokens that such a pass committed on average.
         tokens_per_second: from the start of the prefill; waiting for a turn does not count.
+        tree_size: nodes that such a pass verified on average.
+        seconds: of all rounds.
     """
 
     choice: int
@@ -150,6 +179,8 @@ class Finished:
     rounds: int
     accepted_length: float
     tokens_per_second: float
+    tree_size: float = 1.0
+    seconds: PhaseSeconds = NO_SECONDS
 
     @property
     def openai_reason(self) -> Literal["stop", "length"]:
@@ -157,4 +188,4 @@ class Finished:
         return "length" if self.reason == "length" else "stop"
 
 
-Event = Rejected | Accepted | Progressed | Finished | Failed
+Event = Rejected | Accepted | Progressed | Finished | Failed | Restarted

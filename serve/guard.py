@@ -19,6 +19,8 @@ from serve.keys import is_known
 REQUEST_ID = "X-Request-ID"
 # Without a key: what monitors ask, and the page, which has none.
 OPEN_PATHS = ("/", "/health", "/metrics")
+# With keys of its own, which the others' are not.
+ADMIN = "/admin/"
 GOOD_ID = re.compile(r"[A-Za-z0-9._:/-]{1,128}")
 
 Message = MutableMapping[str, Any]
@@ -31,8 +33,11 @@ logger = logging.getLogger("ray.serve")
 class Guard:
     """An ASGI application in front of another."""
 
-    def __init__(self, app: Any, *, hashes: Collection[str], max_bytes: int) -> None:
-        self._app, self._hashes, self._max_bytes = app, frozenset(hashes), max_bytes
+    def __init__(
+        self, app: Any, *, hashes: Collection[str], admin_hashes: Collection[str], max_bytes: int
+    ) -> None:
+        self._app, self._max_bytes = app, max_bytes
+        self._hashes, self._admin_hashes = frozenset(hashes), frozenset(admin_hashes)
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -67,8 +72,12 @@ class Guard:
             logger.info(json.dumps(line))
 
     def _refusal(self, path: str, headers: Headers) -> ApiError | None:
-        if self._hashes and path not in OPEN_PATHS:
-            if not is_known(headers.get("Authorization", ""), self._hashes):
+        admin = path.startswith(ADMIN)
+        if admin and not self._admin_hashes:
+            return ApiError(403, "this server has no keys for /admin; see serve.admin_keys")
+        hashes = self._admin_hashes if admin else self._hashes
+        if hashes and path not in OPEN_PATHS:
+            if not is_known(headers.get("Authorization", ""), hashes):
                 return ApiError(
                     401,
                     "no valid API key; send the header `Authorization: Bearer KEY`",

@@ -22,14 +22,18 @@ def key_hashes(config: ServeConfig) -> tuple[str, ...]:
     found = dict.fromkeys(config.api_keys)
     if config.api_keys_file is not None:
         found.update(dict.fromkeys(_of_file(Path(config.api_keys_file))))
-    if config.api_keys_env is not None:
-        given = os.environ.get(config.api_keys_env, "").replace(",", " ").split()
-        if not given:
-            raise ConfigError(
-                f"serve.api_keys_env={config.api_keys_env}: that variable is not set, or empty"
-            )
-        found.update(dict.fromkeys(map(key_hash, given)))
+    found.update(dict.fromkeys(_of_environment("api_keys_env", config.api_keys_env)))
     return tuple(found)
+
+
+def admin_key_hashes(config: ServeConfig) -> tuple[str, ...]:
+    """The same of the keys for /admin.
+
+    Raises:
+        ConfigError: the variable is not set, or empty.
+    """
+    given = _of_environment("admin_keys_env", config.admin_keys_env)
+    return tuple(dict.fromkeys((*config.admin_keys, *given)))
 
 
 def key_hash(key: str) -> str:
@@ -42,6 +46,15 @@ def is_known(authorization: str, hashes: Collection[str]) -> bool:
     scheme, _, key = authorization.partition(" ")
     # What is compared is the hash: how long that takes says nothing of any key.
     return scheme.lower() == "bearer" and key_hash(key.strip()) in hashes
+
+
+def _of_environment(field: str, name: str | None) -> list[str]:
+    if name is None:
+        return []
+    given = os.environ.get(name, "").replace(",", " ").split()
+    if not given:
+        raise ConfigError(f"serve.{field}={name}: that variable is not set, or empty")
+    return list(map(key_hash, given))
 
 
 def _of_file(path: Path) -> list[str]:

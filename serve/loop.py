@@ -32,11 +32,25 @@ class ClosingError(AerieError):
 
 
 @dataclass(eq=False)
+class Lane:
+    """A decoder among those that the thread runs.
+
+    Attributes:
+        decoder: touched by the thread alone, once there is a turn of it.
+        failures: rounds in a row that failed.
+    """
+
+    decoder: SpeculativeDecoder
+    failures: int = 0
+
+
+@dataclass(eq=False)
 class Turn:
-    """One request at the decoder.
+    """One request at a decoder.
 
     Attributes:
         visit: whose it is.
+        lane: of the decoder.
         place: among those that came together.
         request: what is asked.
         open: whether anybody waits for more of it.
@@ -45,6 +59,7 @@ class Turn:
     """
 
     visit: Visit
+    lane: Lane
     place: int
     request: Request
     open: bool = True
@@ -59,8 +74,11 @@ class Turn:
 class Visit:
     """Requests that came together, on the side of the coroutine that waits for their events."""
 
-    def __init__(self, requests: Sequence[Request]) -> None:
-        self.turns = tuple(Turn(self, place, request) for place, request in enumerate(requests))
+    def __init__(self, requests: Sequence[Request], lane: Lane) -> None:
+        self.lane = lane
+        self.turns = tuple(
+            Turn(self, lane, place, request) for place, request in enumerate(requests)
+        )
         self.event_loop = asyncio.get_running_loop()
         self._told: asyncio.Queue[tuple[Turn, Event] | None] = asyncio.Queue()
 
@@ -97,31 +115,34 @@ class Visit:
 class DecodingLoop:
     """Runs a decoder in a thread while there is work, and tells each event to who waits for it.
 
-    The thread alone touches the decoder. Others leave a turn in `_turns`, or mark theirs as given
-    up; the thread sees to it between two rounds.
+    For a time there may be several, which take turns: while a draft head is tried, and while a
+    replaced one ends its answers. The thread alone touches them. Others leave a turn in `_turns`,
+    or mark theirs as given up; the thread sees to it between two rounds.
     """
 
     def __init__(self, decoder: SpeculativeDecoder) -> None:
         """Start the thread, which waits."""
-        self._decoder = decoder
+        self.lane = Lane(decoder)
         config = decoder.config
         self.most = config.batch_size + config.max_waiting
         self._changed = threading.Condition()
         self._turns: list[Turn] = []
         self._closing = False
-        self._failures = 0
         # A daemon: a process that has to end does not wait for an answer.
         self._thread = threading.Thread(target=self._run, name="decoder", daemon=True)
         self._thread.start()
 
-    def join(self, requests: Sequence[Request]) -> Visit:
+    def join(self, requests: Sequence[Request], lane: Lane | None = None) -> Visit:
         """Take requests in, all of them or none; call it in an event loop.
 
+        Args:
+            requests: to be decoded together.
+            lane: where; None is `self.lane`.
         Raises:
             BusyError: too many are at work or wait.
             ClosingError: the loop ends.
         """
-        visit = Visit(requests)
+        visit = Visit(requests, lane or self.lane)
         with self._changed:
             if self._closing:
                 raise ClosingError("this replica is shutting down; try again")
@@ -144,59 +165,63 @@ class DecodingLoop:
     @property
     def healthy(self) -> bool:
         """Whether a new request has a chance."""
-        return self._thread.is_alive() and self._failures < MOST_FAILURES
+        return self._thread.is_alive() and self.lane.failures < MOST_FAILURES
 
     # In the thread
 
     def _run(self) -> None:
         try:
-            while self._wait():
-                self._round()
+            while turns := self._wait():
+                for lane in dict.fromkeys(turn.lane for turn in turns):
+                    self._round(lane, [turn for turn in turns if turn.lane is lane])
         finally:
             self.close()
-            self._fail()
-
-    def _wait(self) -> bool:
-        """Until there is work; False if there will be none."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._turns or self._closing)
-            return bool(self._turns)
-
-    def _round(self) -> None:
-        began = time.monotonic()
-        try:
             with self._changed:
                 turns = list(self._turns)
+            self._fail(turns)
+
+    def _wait(self) -> list[Turn]:
+        """Until there is work; none if there will be none."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._turns or self._closing)
+            return list(self._turns)
+
+    def _round(self, lane: Lane, turns: Sequence[Turn]) -> None:
+        began = time.monotonic()
+        try:
             self._let_go([turn for turn in turns if not turn.open])
             self._take_in([turn for turn in turns if turn.open and turn.id is None])
-            events = self._decoder.step()
+            events = lane.decoder.step()
         except Exception:
             logger.exception("a round of the decoder failed; all of its requests are given up")
-            self._failures += 1
-            self._fail()
-            self._decoder.reset()
+            lane.failures += 1
+            with self._changed:
+                turns = [turn for turn in self._turns if turn.lane is lane]
+            self._fail(turns)
+            lane.decoder.reset()
             return
-        self._failures = 0
-        self._tell(events, began)
+        lane.failures = 0
+        self._tell(lane, events, began)
 
     def _let_go(self, turns: Sequence[Turn]) -> None:
         for turn in turns:
             if turn.id is not None:
-                self._decoder.cancel(turn.id)
+                turn.lane.decoder.cancel(turn.id)
         self._forget(turns)
 
     def _take_in(self, turns: Sequence[Turn]) -> None:
         """In their order, as far as the decoder's queue goes; a round makes room in it."""
         for turn in turns:
             try:
-                turn.id = self._decoder.submit(turn.request)
+                turn.id = turn.lane.decoder.submit(turn.request)
             except BusyError:
                 return
 
-    def _tell(self, events: Sequence[Event], began: float) -> None:
-        waiting = {sequence.id for sequence in self._decoder.scheduler.waiting}
+    def _tell(self, lane: Lane, events: Sequence[Event], began: float) -> None:
+        waiting = {sequence.id for sequence in lane.decoder.scheduler.waiting}
         with self._changed:
-            by_id = {turn.id: turn for turn in self._turns if turn.id is not None}
+            turns = [turn for turn in self._turns if turn.lane is lane]
+        by_id = {turn.id: turn for turn in turns if turn.id is not None}
         for number, turn in by_id.items():
             if turn.started is None and number not in waiting:
                 turn.started = began
@@ -205,9 +230,7 @@ class DecodingLoop:
         for turn, event in told:
             _hand_over(turn.visit, (turn, event))
 
-    def _fail(self) -> None:
-        with self._changed:
-            turns = list(self._turns)
+    def _fail(self, turns: Sequence[Turn]) -> None:
         self._forget(turns)
         for visit in {turn.visit for turn in turns}:
             _hand_over(visit, None)

@@ -19,7 +19,7 @@ from prometheus_client import (
     generate_latest,
 )
 
-from serve.generation import Accepted, Event, Finished, Progressed, Rejected
+from serve.generation import Accepted, Event, Finished, Progressed, Rejected, Restarted
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 FIRST_TOKEN_S = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60)
@@ -64,6 +64,9 @@ class Metrics:
         )
         self.refused = self._many(
             Counter, "aerie:request_refused", "Requests that were refused", "status"
+        )
+        self.restarted = self._one(
+            Counter, "aerie:request_restarted", "Times that a request's replica died"
         )
         self.first_token = self._one(
             Histogram,
@@ -120,6 +123,8 @@ class Metrics:
                         self.whole.observe(time.monotonic() - began)
                     elif isinstance(event, Rejected):
                         self.refused.labels(self._model, str(event.status)).inc()
+                    elif isinstance(event, Restarted):
+                        self.restarted.inc()
                     yield event
             finally:
                 self._to(stage, None)

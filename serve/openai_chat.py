@@ -82,7 +82,7 @@ class ChatRequest(SampledBody):
         """What the decoder is asked."""
         limit = self.max_completion_tokens or self.max_tokens
         logprobs = (self.top_logprobs or 0) if self.logprobs else None
-        return self.asked(conversation(self.messages), "messages", limit, logprobs)
+        return self.asked([conversation(self.messages)], "messages", limit, logprobs)
 
     def answer(self, model: str) -> ChatAnswer:
         """What builds the response."""

@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from core.config import Config
+from core.decode.phases import NO_SECONDS
 from core.errors import BusyError, InputError, UserError
 from core.progress import say
 from serve.generation import (
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from core.decode.requests import Event as DecoderEvent
     from core.decode.requests import Request
     from core.decode.sampler import TokenLogprobs
+    from serve.heads import AskDesk, Version
 
 # When the queue is full: by then some answer has ended, or the client should wait longer yet.
 RETRY_AFTER_S = 1
@@ -46,12 +48,21 @@ class DecoderReplica:
     checks, takes cancellations and turns tokens into text while it computes.
     """
 
-    def __init__(self, config: Config) -> None:
-        """Load the models and warm up; a replica takes requests after that."""
+    def __init__(self, config: Config, desk: AskDesk | None = None) -> None:
+        """Load the models and warm up; a replica takes requests after that.
+
+        Args:
+            config: sections target, draft, decode and serve.
+            desk: says which draft head to use; None keeps the configured one.
+        """
+        # torch is imported here and not above: the ingress imports this file, and needs none of it.
+        from serve.heads import Heads
+
         self._config = config
-        self._decoder = _load(config)
-        self._tokenizer = self._decoder.target.tokenizer
-        self._loop = DecodingLoop(self._decoder)
+        decoder = _load(config)
+        self._target, self._tokenizer = decoder.target, decoder.target.tokenizer
+        self._loop = DecodingLoop(decoder)
+        self.heads = Heads(config, self._loop, desk)
 
     def __del__(self) -> None:
         """Called by Ray Serve too, when a replica that is replaced has answered everything."""
@@ -59,8 +70,12 @@ class DecoderReplica:
         if "_loop" in self.__dict__:
             self._loop.close()
 
-    def check_health(self) -> None:
-        """Called by Ray Serve, which replaces a replica that raises here."""
+    async def check_health(self) -> None:
+        """Called by Ray Serve, which replaces a replica that raises here.
+
+        It asks for the first time before the replica gets requests.
+        """
+        await self.heads.start()
         if not self._loop.healthy:
             raise DecodingError("the decoder fails in every round")
 
@@ -70,12 +85,13 @@ class DecoderReplica:
         `Failed` may come in place of the rest. Closing or cancelling the iterator gives the
         request up: its places and its rows are free when the round that runs is over.
         """
-        asked = self._check(request)
+        version = self.heads.choose()
+        asked = self._check(request, version.lane.decoder)
         if isinstance(asked, Rejected):
             yield asked
             return
         try:
-            visit = self._loop.join(asked)
+            visit = self._loop.join(asked, version.lane)
         except BusyError as error:
             yield _not_now(error, 429, "queue_full")
             return
@@ -83,17 +99,25 @@ class DecoderReplica:
             yield _not_now(error, 503, "shutting_down")
             return
         answers = [
-            _Answer(turn, self._tokenizer, TextStream(self._tokenizer, request.stops))
+            _Answer(turn, self._tokenizer, TextStream(self._tokenizer, request.stops), version)
             for turn in visit.turns
         ]
         try:
-            yield Accepted(len(asked[0].prompt_ids))
+            yield Accepted(sum(len(one.prompt_ids) for one in asked[:: request.choices]))
+            if request.echo:
+                for turn in visit.turns:
+                    text = self._tokenizer.decode(turn.request.prompt_ids, skip_special_tokens=True)
+                    yield Progressed(turn.place, ((str(text), False),), (), 0)
             async with aclosing(visit.events()) as events:
                 async for turn, event in events:
                     for one in answers[turn.place].take(event):
                         yield one
         except DecodingError:
-            yield Failed("the decoder failed while it answered; try again, or see the server's log")
+            version.count_failure()
+            yield Failed(
+                "the decoder failed while it answered; try again, or see the server's log",
+                again=version is not self.heads.current,
+            )
         finally:
             # Also where nobody came to wait for its events.
             visit.give_up()
@@ -104,7 +128,7 @@ class DecoderReplica:
             ids = self._prompt_ids(prompt)
         except UserError as error:
             return Rejected(str(error), param=field)
-        return Tokens(tuple(ids), self._decoder.longest(self._decoder.plan))
+        return Tokens(tuple(ids), _longest(self.heads.current.lane.decoder))
 
     async def detokenize(self, token_ids: tuple[int, ...]) -> str | Rejected:
         """The text of tokens, special ones included."""
@@ -114,50 +138,44 @@ class DecoderReplica:
             return Rejected(str(error), param="tokens")
         return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=False))
 
-    def _check(self, request: Generation) -> Rejected | list[Request]:
+    def _check(self, request: Generation, decoder: SpeculativeDecoder) -> Rejected | list[Request]:
         """What the decoder is asked, a request a choice, or why it is not."""
         from core.decode.requests import Request
         from core.decode.sampling import SamplingSettings
 
-        field = request.prompt_field
         try:
-            prompt_ids = self._prompt_ids(request.prompt)
+            prompts = [self._prompt_ids(prompt) for prompt in request.prompts]
         except UserError as error:
-            return Rejected(str(error), param=field)
-        if too_long := self._too_long(request, len(prompt_ids)):
-            return too_long
-        room = self._decoder.longest(self._decoder.plan) - len(prompt_ids)
-        max_new_tokens = request.max_new_tokens or min(room, self._config.serve.max_new_tokens)
+            return Rejected(str(error), param=request.prompt_field)
+        if request.num_answers > self._loop.most:
+            return Rejected(
+                f"{request.num_answers} answers are asked for, and this server takes "
+                f"{self._loop.most} at a time; send several requests",
+                param=request.prompt_field,
+            )
+        longest = _longest(decoder)
+        for prompt_ids in prompts:
+            if too_long := _too_long(request, len(prompt_ids), longest):
+                return too_long
         stops = frozenset(request.stop_token_ids)
         try:
             self._check_ids(stops)
             settings = replace(SamplingSettings.of(self._config.decode), **request.sampling)
-            settings.check_vocabulary(self._decoder.target.vocab_size)
+            settings.check_vocabulary(self._target.vocab_size)
         except UserError as error:
             return Rejected(str(error))
+        most = self._config.serve.max_new_tokens
         return [
             Request(
                 prompt_ids,
-                max_new_tokens,
+                request.max_new_tokens or min(longest - len(prompt_ids), most),
                 settings,
                 None if request.seed is None else request.seed + place,
                 stops,
             )
+            for prompt_ids in prompts
             for place in range(request.choices)
         ]
-
-    def _too_long(self, request: Generation, num_prompt: int) -> Rejected | None:
-        longest = self._decoder.longest(self._decoder.plan)
-        wanted = request.max_new_tokens
-        if num_prompt + (wanted or 1) <= longest:
-            return None
-        asked = "" if wanted is None else f", and {wanted} are to be generated"
-        return Rejected(
-            f"this model's longest sequence is {longest} tokens; {request.prompt_field} takes "
-            f"{num_prompt}{asked}; shorten it or ask for fewer tokens",
-            param=request.prompt_field,
-            code="context_length_exceeded",
-        )
 
     def _prompt_ids(self, prompt: Prompt) -> list[int]:
         from core.data.conversations import Message
@@ -176,19 +194,39 @@ class DecoderReplica:
         return ids
 
     def _check_ids(self, token_ids: Iterable[int]) -> None:
-        size = self._decoder.target.vocab_size
+        size = self._target.vocab_size
         if (most := max(token_ids, default=0)) >= size:
             raise InputError(
                 f"token {most}: the model has {size} tokens; give ids from 0 to {size - 1}"
             )
 
 
+def _longest(decoder: SpeculativeDecoder) -> int:
+    """Most tokens of prompt and answer together."""
+    return decoder.longest(decoder.plan)
+
+
+def _too_long(request: Generation, num_prompt: int, longest: int) -> Rejected | None:
+    wanted = request.max_new_tokens
+    if num_prompt + (wanted or 1) <= longest:
+        return None
+    asked = "" if wanted is None else f", and {wanted} are to be generated"
+    return Rejected(
+        f"this model's longest sequence is {longest} tokens; {request.prompt_field} takes "
+        f"{num_prompt}{asked}; shorten it or ask for fewer tokens",
+        param=request.prompt_field,
+        code="context_length_exceeded",
+    )
+
+
 class _Answer:
     """Turns the rounds of one choice into events, and counts them."""
 
-    def __init__(self, turn: Turn, tokenizer: Any, text: TextStream) -> None:
+    def __init__(self, turn: Turn, tokenizer: Any, text: TextStream, version: Version) -> None:
         self._turn, self._tokenizer, self._text = turn, tokenizer, text
-        self._passes = self._committed = 0
+        self._version = version
+        self._passes = self._committed = self._nodes = 0
+        self._seconds = NO_SECONDS
 
     def take(self, event: DecoderEvent) -> Iterator[Event]:
         done, turn, text = event.round, self._turn, self._text
@@ -196,6 +234,8 @@ class _Answer:
         if done.tree_size:
             self._passes += 1
             self._committed += len(done.tokens)
+            self._nodes += done.tree_size
+            self._version.count(len(done.tokens))
         before = text.num_tokens
         spans = text.push(done.tokens, done.drafted)
         count = text.num_tokens - before
@@ -204,11 +244,14 @@ class _Answer:
             turn.give_up()
         tokens = tuple(self._scored(one) for one in done.logprobs[:count])
         guessed = sum(done.drafted[:count])
-        yield Progressed(turn.place, tuple(spans), count, done.tree_size, tokens, guessed)
+        seconds, self._seconds = event.seconds - self._seconds, event.seconds
+        yield Progressed(
+            turn.place, tuple(spans), done.tokens[:count], done.tree_size, tokens, guessed, seconds
+        )
         if turn.open:
             return
         if rest := text.finish():
-            yield Progressed(turn.place, tuple(rest), 0, 0)
+            yield Progressed(turn.place, tuple(rest), (), 0)
         if text.stopped:
             yield self._finished("string")
         else:
@@ -224,6 +267,8 @@ class _Answer:
             rounds=self._passes,
             accepted_length=self._committed / self._passes if self._passes else 1.0,
             tokens_per_second=count / max(time.monotonic() - self._turn.started, 1e-9),
+            tree_size=self._nodes / self._passes if self._passes else 1.0,
+            seconds=self._seconds,
         )
 
     def _scored(self, token: TokenLogprobs) -> ScoredToken:
@@ -244,7 +289,6 @@ def _not_now(error: Exception, status: int, code: str) -> Rejected:
 
 
 def _load(config: Config) -> SpeculativeDecoder:
-    # torch is imported here and not above: the ingress imports this file, and needs none of it.
     from core.decode.load import load_decoder
 
     loaded = load_decoder(config, num_threads=max(1, int(config.serve.cpus_per_replica)))

@@ -27,7 +27,7 @@ from core.runtime.connect import connect, on_cluster
 from core.runtime.conversion import with_converted_target
 from core.runtime.job import guarded
 from serve.app import build_app
-from serve.keys import key_hashes
+from serve.keys import admin_key_hashes, key_hashes
 
 NAME = "serve"
 SECTIONS = ("convert", "target", "draft", "decode", "serve", "cluster")
@@ -102,6 +102,7 @@ def check(config: Config) -> Config:
             "configs/serve_smollm2.yaml needs nothing but itself"
         ) from error
     key_hashes(config.serve)
+    admin_key_hashes(config.serve)
     location = target_location(str(config.target.path))
     if not head:
         say(NAME, "draft.path is not set: the target alone, without speculation")

@@ -78,10 +78,10 @@ class StopFilter:
         found = [at for stop in self._stops if (at := text.find(stop)) >= 0]
         if found:
             self.stopped = True
-            shown, _ = _split(self._held, min(found))
+            shown, _ = split(self._held, min(found))
             self._held = []
             return shown
-        shown, self._held = _split(self._held, len(text) - self._num_undecided(text))
+        shown, self._held = split(self._held, len(text) - self._num_undecided(text))
         return shown
 
     def flush(self) -> list[Span]:
@@ -140,7 +140,7 @@ class TextStream:
         return self._filter.push((text, drafted))
 
 
-def _split(spans: Sequence[Span], position: int) -> tuple[list[Span], list[Span]]:
+def split(spans: Sequence[Span], position: int) -> tuple[list[Span], list[Span]]:
     """Cut spans at a position of their joined text; no span comes out empty."""
     before: list[Span] = []
     after: list[Span] = []

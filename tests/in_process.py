@@ -1,9 +1,14 @@
-"""The HTTP interface in front of a real decoder replica, in this process: no Ray, no socket."""
+"""The HTTP interface in front of a real decoder replica, in this process.
+
+No Ray, and a socket only where something needs one.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import json
+import socket
+import threading
 from collections.abc import AsyncGenerator, Coroutine, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,10 +16,12 @@ from typing import Any
 
 import httpx
 import torch
+import uvicorn
 
 from core.config import Config
 from core.models.tiny import save_tiny_target
 from serve.api import build_api
+from serve.desk import HeadDesk
 from serve.generation import Event, Generation, Prompt, Rejected, Tokens
 from serve.replica import DecoderReplica
 
@@ -32,8 +39,8 @@ Json = dict[str, Any]
 class Direct:
     """One replica, without Ray in between."""
 
-    def __init__(self, replica: DecoderReplica) -> None:
-        self.replica = replica
+    def __init__(self, replica: DecoderReplica, desk: HeadDesk) -> None:
+        self.replica, self.desk = replica, desk
 
     def generate(self, request: Generation) -> AsyncGenerator[Event, None]:
         return self.replica.generate(request)
@@ -51,15 +58,20 @@ class Direct:
 class Service:
     """The application, called as by a client."""
 
-    def __init__(self, replica: DecoderReplica, config: Config, runner: asyncio.Runner) -> None:
-        self.replica, self.config, self._runner = replica, config, runner
-        api = build_api(Direct(replica), config.serve)
-        transport = httpx.ASGITransport(api, raise_app_exceptions=False)
+    def __init__(self, backend: Direct, config: Config, runner: asyncio.Runner) -> None:
+        self.backend, self.config, self._runner = backend, config, runner
+        self.replica = backend.replica
+        self.api = build_api(backend, backend.desk, config.serve)
+        transport = httpx.ASGITransport(self.api, raise_app_exceptions=False)
         self.client = httpx.AsyncClient(transport=transport, base_url="http://test", timeout=60)
 
     def configured(self, **settings: Any) -> Service:
         """The same replica behind an application of other settings."""
-        return Service(self.replica, self.config.replace(serve=settings), self._runner)
+        return Service(self.backend, self.config.replace(serve=settings), self._runner)
+
+    def behind(self, backend: Direct) -> Service:
+        """The same application in front of something else."""
+        return Service(backend, self.config, self._runner)
 
     def run(self, work: Coroutine[Any, Any, Any]) -> Any:
         return self._runner.run(work)
@@ -74,21 +86,42 @@ class Service:
 
     def stream(self, path: str, **fields: Any) -> list[Json]:
         """The events of a stream."""
+        events = self._events(path, fields)
+        if "/v1/" in path:
+            assert events.pop() == "[DONE]"
+        return [json.loads(one) for one in events]
+
+    def broken_stream(self, path: str, **fields: Any) -> list[Json]:
+        """The events of a stream that ends with an error."""
+        events = [json.loads(one) for one in self._events(path, fields)]
+        assert "error" in events[-1]
+        return events
+
+    def _events(self, path: str, fields: Json) -> list[str]:
         stream = {} if "stream" in path else {"stream": True}
         response = self.run(
             self.client.post(path, json={**HELLO.get(path, HELLO[TGI]), **stream, **fields})
         )
         assert response.status_code == 200, response.text
         assert response.headers["content-type"].startswith("text/event-stream")
-        data = [event.removeprefix("data: ") for event in response.text.split("\n\n")[:-1]]
-        if "/v1/" in path:
-            assert data.pop() == "[DONE]"
-        return [json.loads(one) for one in data]
+        return [event.removeprefix("data: ") for event in response.text.split("\n\n")[:-1]]
 
 
 @contextmanager
-def in_process(folder: Path) -> Iterator[Service]:
-    """A service with the tiny target."""
+def listening(service: Service) -> Iterator[str]:
+    """The application behind a socket, for clients that are no Python; its address."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        server = uvicorn.Server(uvicorn.Config(service.api, log_level="warning"))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        server.should_exit = True
+        thread.join()
+
+
+@contextmanager
+def in_process(folder: Path, *, canary_gain: float = 0.0) -> Iterator[Service]:
+    """A service with the tiny target; `check_health` makes its replica follow the desk."""
     save_tiny_target(folder / "target")
     config = Config().replace(
         target={"path": str(folder / "target"), "dtype": "float32"},
@@ -97,5 +130,6 @@ def in_process(folder: Path) -> Iterator[Service]:
     )
     threads = torch.get_num_threads()
     with asyncio.Runner() as runner:
-        yield Service(DecoderReplica(config), config, runner)
+        desk = HeadDesk(None, rounds=20, gain=canary_gain)
+        yield Service(Direct(DecoderReplica(config, desk.report), desk), config, runner)
     torch.set_num_threads(threads)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from core.decode.drafting import GrowthRule
 from core.decode.requests import DecodedSequence
 from core.decode.rows import Stretch
 from core.decode.tree import DraftTree, TreePlan
@@ -26,7 +27,9 @@ class OracleDrafter:
     def feature_layers(self, num_layers: int) -> tuple[int, ...]:
         return (num_layers,)
 
-    def draft(self, sequences: Sequence[DecodedSequence]) -> list[DraftTree | None]:
+    def draft(
+        self, sequences: Sequence[DecodedSequence], rule: GrowthRule | None = None
+    ) -> list[DraftTree | None]:
         for one in sequences:
             # As many features as there are tokens that have not been read, and all of them once.
             assert sum(len(part) for part in one.unread) == one.cached - one.read

@@ -379,4 +379,5 @@ def candidates(logits_BV: Tensor, settings: SamplingSettings) -> tuple[Tensor, T
         probs_BK, tokens_BK = probs_BV.topk(count, dim=-1)
     # A token stays if those before it have not yet reached top_p; the first always stays.
     before_BK = probs_BK.cumsum(-1) - probs_BK
-    return probs_BK.masked_fill(before_BK >= settings.top_p * total_B1, 0), tokens_BK
+    cut_BK = (before_BK > 0) & (before_BK >= settings.top_p * total_B1)
+    return probs_BK.masked_fill(cut_BK, 0), tokens_BK

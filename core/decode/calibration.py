@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,6 +12,8 @@ import torch
 
 from core.data.conversations import Message
 from core.data.template import encode_prompt
+from core.decode.batch_policy import BatchPolicy
+from core.decode.costs import BatchCosts, CostModel
 from core.decode.engine import SpeculativeDecoder
 from core.decode.forward import Piece, target_pass
 from core.decode.policy import (
@@ -25,7 +27,7 @@ from core.decode.policy import (
 )
 from core.decode.rows import RowCache
 from core.decode.tree import DraftTree, TreePlan
-from core.draft.base import DraftNodes
+from core.draft.base import DraftBeams, DraftPlace
 from core.errors import ConfigError
 
 # Of no benchmark, so that measuring on a benchmark afterwards stays honest.
@@ -38,6 +40,9 @@ QUESTIONS = (
 NEW_TOKENS = 40
 LARGEST_TREE = 60
 CONTEXT_TOKENS = 256
+# Tokens of passes that are timed besides those of one tree, and sequences of a timed batch.
+PASS_SIZES = (96, 128)
+SEQUENCES = 4
 
 
 @dataclass(frozen=True)
@@ -76,7 +81,8 @@ class Calibration:
 def calibrate(decoder: SpeculativeDecoder) -> Calibration:
     """Measure costs and acceptance, and choose the tree of most tokens a second.
 
-    Takes about 400 target passes; the decoder's own plan is left as it is.
+    Takes about 500 target passes. The decoder's own plan is left as it is; it is given a policy,
+    which begins with what was measured, for requests that name no tree.
 
     Raises:
         ConfigError: the decoder has no draft head, or its context is too short to measure.
@@ -98,13 +104,19 @@ def calibrate(decoder: SpeculativeDecoder) -> Calibration:
             f"decode.total_tokens=auto: {needed} tokens and a tree of {largest.total_tokens}; "
             "raise them, or set a fixed tree size"
         )
+    extra = (size for size in PASS_SIZES if size <= decoder.max_context // 4)
+    sizes = sorted({1, *(plan.total_tokens for plan in plans), *extra})
+    measured = _time_rounds(decoder, sizes)
+    # It learns from what is decoded here, whose trees are the largest.
+    decoder.policy = BatchPolicy(CostModel(measured), largest)
     records = _decode(decoder, prompts, largest)
     if not records:
+        decoder.policy = None
         raise ConfigError(
             "decode.total_tokens=auto cannot be measured: the target ends every calibration answer "
             "at once; set a fixed tree size"
         )
-    costs = _time_rounds(decoder, sorted({1, *(plan.total_tokens for plan in plans)}))
+    costs = RoundCosts(dict(measured.verify), measured.read[1], measured.expand[1])
     estimates = estimate(plans, records, costs)
     return Calibration(choose(estimates), costs, tuple(estimates), len(records))
 
@@ -120,47 +132,64 @@ def _decode(
 
 
 @torch.inference_mode()
-def _time_rounds(decoder: SpeculativeDecoder, sizes: Sequence[int]) -> RoundCosts:
+def _time_rounds(decoder: SpeculativeDecoder, sizes: Sequence[int]) -> BatchCosts:
     """Time target passes of each size and the head's two calls at a usual context length."""
-    head, target = decoder.head, decoder.target
-    assert head is not None
+    target = decoder.target
     context = min(CONTEXT_TOKENS, decoder.max_context - max(sizes) - 1)
     ids = [token % target.vocab_size for token in range(context)]
     rows = RowCache(target.model.config, context + max(sizes), decoder.max_context)
     target_pass(target, rows, [Piece.of_text(0, 0, ids, 1)], decoder.feature_layers)
-    cache = head.new_cache(context + decoder.config.top_k)
+
+    def verification(size: int, sequences: int = 1) -> Callable[[], object]:
+        # For timing, all sequences may stand in the same rows.
+        pieces = [Piece.of_tree(0, context, _star(size))] * sequences
+        return partial(target_pass, target, rows, pieces, decoder.feature_layers)
+
+    works: dict[Hashable, Callable[[], object]] = {size: verification(size) for size in sizes}
+    works["apart"] = verification(1, SEQUENCES)
+    for count in (1, SEQUENCES):
+        works["read", count], works["expand", count] = _drafting(decoder, ids, count)
+    seconds = median_seconds(works)
+    together = seconds[SEQUENCES]
+    return BatchCosts(
+        verify={size: seconds[size] for size in sizes},
+        each_sequence=max(0.0, (seconds["apart"] - together) / (SEQUENCES - 1)),
+        read={count: seconds["read", count] for count in (1, SEQUENCES)},
+        expand={count: seconds["expand", count] for count in (1, SEQUENCES)},
+    )
+
+
+def _drafting(
+    decoder: SpeculativeDecoder, ids: Sequence[int], sequences: int
+) -> tuple[Callable[[], object], Callable[[], object]]:
+    """Reading two committed tokens each of some sequences, and expanding their trees."""
+    head, target = decoder.head, decoder.target
+    assert head is not None
+    context, top_k = len(ids), min(decoder.config.top_k, head.vocabulary.size)
+    cache = head.new_cache(context + top_k)
     hidden_H = torch.zeros(1, target.hidden_size, device=target.device, dtype=target.dtype)
     features_TLH = hidden_H.expand(context, len(decoder.feature_layers), -1)
     ids_T = torch.tensor(ids, device=target.device)
     head.extend(cache, features_TLH, ids_T)
+    count = 2 * sequences
+    places = (DraftPlace(0, context - 2),) * sequences
+    features_NLH, next_ids_N = features_TLH[:1].expand(count, -1, -1), ids_T[:1].expand(count)
 
-    def extend() -> None:
-        cache.committed = context - 2
-        head.extend(cache, features_TLH[:2], ids_T[:2])
+    def read() -> None:
+        head.extend_all(cache, places, (2,) * sequences, features_NLH, next_ids_N)
 
-    top_k = min(decoder.config.top_k, head.vocabulary.size)
-    nodes = DraftNodes(
-        hidden_KH=hidden_H.expand(top_k, -1),
-        token_ids_K=ids_T[:top_k],
+    beams = DraftBeams(
+        places=(DraftPlace(0, context),) * sequences,
+        hidden_SKH=hidden_H.expand(sequences, top_k, -1),
+        token_ids_SK=ids_T[:top_k].expand(sequences, -1),
         depth=1,
-        sees_KT=torch.eye(top_k, dtype=torch.bool, device=target.device),
+        sees_SKT=torch.eye(top_k, dtype=torch.bool, device=target.device).expand(sequences, -1, -1),
     )
 
     def expand() -> None:
-        output = head.step(cache, nodes)
-        output.logits_KW.topk(top_k)
+        head.step_all(cache, beams).logits_KW.topk(top_k)
 
-    def verification(size: int) -> Callable[[], object]:
-        piece = Piece.of_tree(0, context, _star(size))
-        return partial(target_pass, target, rows, [piece], decoder.feature_layers)
-
-    verify = {size: verification(size) for size in sizes}
-    seconds = median_seconds({**verify, "extend": extend, "expand": expand})
-    return RoundCosts(
-        verify={size: seconds[size] for size in sizes},
-        extend=seconds["extend"],
-        expand=seconds["expand"],
-    )
+    return read, expand
 
 
 def _star(size: int) -> DraftTree:

@@ -8,16 +8,21 @@ Source: EAGLE-2 (Li et al. 2024), section 4: expansion by cumulative probability
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from core.decode.acceptance import Floats
 from core.decode.requests import DecodedSequence
 from core.decode.rows import Stretch
 from core.decode.tree import DraftTree, TreePlan
 from core.draft.base import DraftBeams, DraftCache, DraftHead, DraftOutput, DraftPlace
+
+GrowthRule = Callable[[Sequence[Floats], Floats], bool]
+"""Whether trees grow by a level: given the log-probabilities of all nodes by level, [S, …] each,
+and of those [S, K] that would be expanded."""
 
 
 class Drafter(Protocol):
@@ -26,10 +31,13 @@ class Drafter(Protocol):
     def feature_layers(self, num_layers: int) -> tuple[int, ...]:
         """What it wants to read of a target of so many layers, the final feature last."""
 
-    def draft(self, sequences: Sequence[DecodedSequence]) -> list[DraftTree | None]:
+    def draft(
+        self, sequences: Sequence[DecodedSequence], rule: GrowthRule | None = None
+    ) -> list[DraftTree | None]:
         """A tree for each sequence that decodes; None for those that still read their prompt.
 
-        What it needs of `unread` features it takes now. A tree depends on the committed text alone.
+        What it needs of `unread` features it takes now. What a tree holds depends on the committed
+        text alone, but for its depth where the sequence is adaptive and a rule decides on it.
         """
 
     def move(self, source: Stretch, target: Stretch, count: int) -> None:
@@ -61,25 +69,34 @@ class HeadDrafter:
         return self.head.feature_layers(num_layers)
 
     @torch.inference_mode()
-    def draft(self, sequences: Sequence[DecodedSequence]) -> list[DraftTree | None]:
+    def draft(
+        self, sequences: Sequence[DecodedSequence], rule: GrowthRule | None = None
+    ) -> list[DraftTree | None]:
         """See base class."""
         readers = [sequence for sequence in sequences if sequence.unread]
         if not readers:
             return [None] * len(sequences)
         output = self._read(readers)
         trees: dict[int, DraftTree] = {}
-        plans: dict[tuple[int, int], list[int]] = {}
+        plans: dict[tuple[int, int, bool], list[int]] = {}
         for row, sequence in enumerate(readers):
             if not sequence.prefilling:
                 plan = sequence.plan
-                plans.setdefault((plan.depth, plan.top_k), []).append(row)
-        for rows in plans.values():
+                key = (plan.depth, plan.top_k, sequence.adaptive)
+                plans.setdefault(key, []).append(row)
+        for (_, _, adaptive), rows in plans.items():
             group = [readers[row] for row in rows]
             roots = DraftOutput(output.hidden_KH[rows], output.logits_KW[rows])
             places = [DraftPlace(sequence.first_row, sequence.read) for sequence in group]
             root_ids = [sequence.tokens[-1] for sequence in group]
             grown = draft_trees(
-                self.head, self.cache, places, roots, root_ids, [one.plan for one in group]
+                self.head,
+                self.cache,
+                places,
+                roots,
+                root_ids,
+                [one.plan for one in group],
+                rule if adaptive else None,
             )
             trees.update(zip((sequence.id for sequence in group), grown, strict=True))
         return [trees.get(sequence.id) for sequence in sequences]
@@ -111,6 +128,7 @@ def draft_trees(
     roots: DraftOutput,
     root_ids: Sequence[int],
     plans: Sequence[TreePlan],
+    rule: GrowthRule | None = None,
 ) -> list[DraftTree]:
     """Grow a tree for each of S sequences from what the head says after their last tokens.
 
@@ -121,11 +139,15 @@ def draft_trees(
         roots: hidden states and logits of the head at the roots, S rows.
         root_ids: the last committed tokens.
         plans: of equal depth and top-k.
+        rule: may end growth before the plans' depth.
     Returns:
-        Trees of at most `total_tokens` nodes each, which depend on the committed text alone.
+        Trees of at most `total_tokens` nodes each, which depend on the committed text alone (and
+        on the rule).
     """
     growth = _Growth(head, cache, places, roots, plans[0].top_k)
     for depth in range(1, plans[0].depth + 1):
+        if rule is not None and not rule(*growth.log_probabilities()):
+            break
         growth.expand(depth)
     return growth.rerank(root_ids, [plan.total_tokens for plan in plans])
 
@@ -180,22 +202,32 @@ class _Growth:
         self.beam_sees = torch.cat((_rows(self.beam_sees, parent_SK), self.own_SKK), dim=2)
         self.count += width * width
 
+    def log_probabilities(self) -> tuple[list[Floats], Floats]:
+        """Of all nodes, by level, and of the beams."""
+        levels = [scores_SP.cpu().double().numpy() for scores_SP in self.scores]
+        return levels, self.beam_scores.cpu().double().numpy()
+
     def rerank(self, root_ids: Sequence[int], sizes: Sequence[int]) -> list[DraftTree]:
         """Keep the best `size - 1` nodes of all levels of each sequence.
 
         The stable sort breaks ties in favour of the shallower node, and a child never scores
         above its parent, so what is kept is a tree.
         """
-        order_SP = torch.cat(self.scores, dim=1).argsort(dim=1, descending=True, stable=True)
-        order_SP = order_SP[:, : max(sizes) - 1].cpu()
+        scores_SP = torch.cat(self.scores, dim=1)
+        order_SP = scores_SP.argsort(dim=1, descending=True, stable=True)
+        order_SP, scores_SP = order_SP[:, : max(sizes) - 1].cpu(), scores_SP.cpu()
         tokens_SP, parents_SP = (torch.cat(x, dim=1).cpu() for x in (self.tokens, self.parents))
         return [
-            _kept(order_SP[row, : size - 1], tokens_SP[row], parents_SP[row], root_id)
+            _kept(
+                order_SP[row, : size - 1], tokens_SP[row], parents_SP[row], scores_SP[row], root_id
+            )
             for row, (root_id, size) in enumerate(zip(root_ids, sizes, strict=True))
         ]
 
 
-def _kept(order_N: Tensor, tokens_P: Tensor, parents_P: Tensor, root_id: int) -> DraftTree:
+def _kept(
+    order_N: Tensor, tokens_P: Tensor, parents_P: Tensor, scores_P: Tensor, root_id: int
+) -> DraftTree:
     """The tree of the nodes that `order_N` names, best first."""
     kept, place = order_N.sort()
     new_index = {0: 0} | {old + 1: new for new, old in enumerate(kept.tolist(), start=1)}
@@ -203,6 +235,7 @@ def _kept(order_N: Tensor, tokens_P: Tensor, parents_P: Tensor, root_id: int) ->
         token_ids_N=torch.cat((torch.tensor([root_id]), tokens_P[kept])),
         parents=(-1, *(new_index[parent] for parent in parents_P[kept].tolist())),
         ranks=(0, *(rank + 1 for rank in place.tolist())),
+        scores=(0.0, *scores_P[kept].tolist()),
     )
 
 

@@ -14,15 +14,19 @@ from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from itertools import count
+from time import perf_counter
 
 import torch
 from torch import Tensor
 
 from core.config import DecodeConfig
+from core.decode.batch_policy import BatchPolicy, PolicyRound
 from core.decode.drafting import Drafter, HeadDrafter
 from core.decode.forward import Piece, target_pass
 from core.decode.ngram import NgramIndex, merge
+from core.decode.phases import PhaseSeconds
 from core.decode.requests import DecodedSequence, Event, Request, Round
 from core.decode.rows import RowCache, Stretch
 from core.decode.sampling import SamplingSettings
@@ -42,6 +46,7 @@ class SpeculativeDecoder:
 
     Attributes:
         plan: tree of requests that name none.
+        policy: chooses the trees of those requests anew in each round; None keeps to `plan`.
     """
 
     def __init__(
@@ -84,6 +89,7 @@ class SpeculativeDecoder:
         self._ids = count()
         self._streams: dict[int, deque[Event]] = {}
         self._untold: list[Event] = []
+        self.policy: BatchPolicy | None = None
         self.plan = PLAIN
         if config.total_tokens != "auto":
             self.plan = self.plan_of(config.total_tokens)
@@ -102,6 +108,8 @@ class SpeculativeDecoder:
     def longest(self, plan: TreePlan) -> int:
         """Most tokens of prompt and output together for which context and cache have room."""
         rows = self.scheduler.space.num_rows
+        if self.policy is not None and plan == self.plan:
+            plan = self.policy.largest
         return min(self.max_context - plan.total_tokens, rows - _tree_rows(plan))
 
     # Requests
@@ -114,7 +122,8 @@ class SpeculativeDecoder:
                 sampling settings that the target's vocabulary does not have.
             BusyError: too many wait already.
         """
-        plan = request.plan or self.plan
+        adaptive = request.plan is None and self.policy is not None
+        plan = request.plan or (self.policy.largest if self.policy else self.plan)
         self.check_fits(request.prompt_ids, request.max_new_tokens, plan)
         request.settings.check_vocabulary(self.target.vocab_size)
         speculates = plan.total_tokens > 1
@@ -129,6 +138,7 @@ class SpeculativeDecoder:
             num_rows=len(request.prompt_ids) + request.max_new_tokens + _tree_rows(plan),
             drafted=speculates and self.drafter is not None,
             ngrams=ngrams,
+            adaptive=adaptive,
         )
         self.scheduler.add(sequence)
         return sequence.id
@@ -238,8 +248,11 @@ class SpeculativeDecoder:
     def _round(self) -> list[Event]:
         """Draft, verify and commit; prompts go on by a chunk."""
         self.scheduler.admit()
-        trees = self._draft()
+        began = perf_counter()
         chunks = self.scheduler.chunks()
+        choice = self._begin_choice(sum(size for _, size in chunks), len(chunks))
+        trees = self._draft(choice)
+        drafted = perf_counter()
         pieces = [
             *(Piece.of_tree(one.first_row, one.cached, tree) for one, tree in trees),
             *(_chunk(one, size) for one, size in chunks),
@@ -248,28 +261,78 @@ class SpeculativeDecoder:
             return []
         sequences = [one for one, _ in (*trees, *chunks)]
         layers = self.feature_layers if any(one.drafted for one in sequences) else ()
+        started = self.policy.clock() if self.policy else 0.0
         read = target_pass(self.target, self._cache, pieces, layers, dense=self._dense)
         rounds = self._commit(trees, read[: len(trees)])
+        if choice is not None:
+            self._end_choice(choice, rounds, sum(piece.size for piece in pieces), started)
         rounds += _advance(chunks, read[len(trees) :])
+        # Choosing tokens has waited for a GPU's pass; the next one's trees wait for themselves.
+        _note_seconds(trees, chunks, drafted - began, perf_counter() - drafted)
         for sequence, _ in rounds:
             if sequence.ending is not None:
                 self.scheduler.end(sequence)
-        return [Event(one.id, done, one.ending) for one, done in rounds]
+        return [Event(one.id, done, one.ending, one.seconds) for one, done in rounds]
 
-    def _draft(self) -> list[tuple[DecodedSequence, DraftTree]]:
+    def _begin_choice(self, prompt_tokens: int, prompts: int) -> PolicyRound | None:
+        """What the policy says of this round, if it has a say in any sequence's tree."""
+        decoding = [one for one in self.scheduler.running if not one.prefilling]
+        adaptive = [one for one in decoding if one.adaptive]
+        if self.policy is None or not adaptive:
+            return None
+        fixed = [one for one in decoding if not one.adaptive]
+        return self.policy.begin(
+            [one.record for one in adaptive],
+            prompt_tokens + sum(one.plan.total_tokens for one in fixed),
+            prompts + len(fixed),
+        )
+
+    def _draft(self, choice: PolicyRound | None) -> list[tuple[DecodedSequence, DraftTree]]:
         """A tree for each sequence that decodes."""
         running = self.scheduler.running
+        decoding = [sequence for sequence in running if not sequence.prefilling]
         drafts: dict[int, DraftTree | None] = {}
-        wanting = [sequence for sequence in running if sequence.drafted]
+        wanting = [
+            one for one in running if one.drafted and (choice is None or self._asks(one, choice))
+        ]
         if wanting:
             assert self.drafter is not None
-            trees = self.drafter.draft(wanting)
+            rule = None
+            if choice is not None and self.policy is not None:
+                rule = partial(self.policy.goes_deeper, choice)
+            started = self.policy.clock() if self.policy else 0.0
+            trees = self.drafter.draft(wanting, rule)
             drafts = {one.id: tree for one, tree in zip(wanting, trees, strict=True)}
-        return [
-            (sequence, self._with_copies(sequence, drafts.get(sequence.id)))
-            for sequence in running
-            if not sequence.prefilling
-        ]
+            if choice is not None and self.policy is not None and choice.drafts:
+                choice.draft_seconds = self.policy.clock() - started
+        found = [(one, self._with_copies(one, drafts.get(one.id))) for one in decoding]
+        return found if choice is None else self._chosen(choice, found)
+
+    @staticmethod
+    def _asks(sequence: DecodedSequence, choice: PolicyRound) -> bool:
+        """Whether the drafter is asked for a sequence; what is unread can wait."""
+        return choice.drafts or not sequence.adaptive
+
+    def _chosen(
+        self, choice: PolicyRound, found: Sequence[tuple[DecodedSequence, DraftTree]]
+    ) -> list[tuple[DecodedSequence, DraftTree]]:
+        """The same trees, cut by the policy where they are adaptive."""
+        assert self.policy is not None
+        parts = iter(self.policy.choose(choice, [tree for one, tree in found if one.adaptive]))
+        return [(one, next(parts) if one.adaptive else tree) for one, tree in found]
+
+    def _end_choice(
+        self,
+        choice: PolicyRound,
+        rounds: Sequence[tuple[DecodedSequence, Round]],
+        nodes: int,
+        started: float,
+    ) -> None:
+        """Tell the policy what a round gave and took."""
+        assert self.policy is not None
+        seconds = self.policy.clock() - started
+        tokens = sum(len(done.tokens) for one, done in rounds if one.adaptive)
+        self.policy.ended(choice, tokens, nodes, seconds)
 
     def _with_copies(self, sequence: DecodedSequence, draft: DraftTree | None) -> DraftTree:
         """A draft, if there is one, and what followed where the text read the same before."""
@@ -296,6 +359,8 @@ class SpeculativeDecoder:
             targets.append((torch.arange(len(path)) + begin)[moved])
             if sequence.drafted:
                 sequence.unread.append(features_NLH[path.to(features_NLH.device)])
+            if self.policy is not None:
+                self.policy.acceptance.learn(tree, verification.path, sequence.record)
             rounds.append((sequence, sequence.commit(tree, verification)))
         if any(len(rows) for rows in sources):
             self._cache.move(torch.cat(sources), torch.cat(targets))
@@ -330,6 +395,19 @@ def _advance(
         if len(logits_NV):
             rounds.append((sequence, sequence.begin(sequence.sampler.first(logits_NV[0]))))
     return rounds
+
+
+def _note_seconds(
+    trees: Sequence[tuple[DecodedSequence, DraftTree]],
+    chunks: Sequence[tuple[DecodedSequence, int]],
+    draft: float,
+    verify: float,
+) -> None:
+    """Those who share a round share its seconds."""
+    for sequence, _ in trees:
+        sequence.seconds += PhaseSeconds(draft=draft, verify=verify)
+    for sequence, _ in chunks:
+        sequence.seconds += PhaseSeconds(prefill=verify)
 
 
 def _tree_rows(plan: TreePlan) -> int:

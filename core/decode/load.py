@@ -34,19 +34,29 @@ def load_decoder(config: Config, num_threads: int | None = None) -> LoadedDecode
         UserError: see `load_target` and `load_head`; a head of another target is refused.
     """
     target = load_target(config.target, num_threads)
-    head = None
-    if config.draft.path is not None:
-        folder = resolve_path(config.draft.path, field="draft.path")
-        head = load_head(
-            folder, target_fingerprint=target.fingerprint, target_config=target.model.config
-        )
-        prepare_head(head, config, target)
+    head = load_head_for(target, config)
     decoder = SpeculativeDecoder(target, head, config.decode)
     calibration = None
     if head is not None and config.decode.total_tokens == "auto":
         calibration = calibrate(decoder)
         decoder.plan = calibration.plan
     return LoadedDecoder(decoder, calibration)
+
+
+def load_head_for(target: Target, config: Config) -> DraftHead | None:
+    """The head that `draft.path` names, ready to draft for a target that is loaded already.
+
+    Raises:
+        UserError: see `load_head`.
+    """
+    if config.draft.path is None:
+        return None
+    folder = resolve_path(config.draft.path, field="draft.path")
+    head = load_head(
+        folder, target_fingerprint=target.fingerprint, target_config=target.model.config
+    )
+    prepare_head(head, config, target)
+    return head
 
 
 def untrained_head(config: Config, target: Target, like: DraftHead) -> DraftHead:

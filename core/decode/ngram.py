@@ -8,6 +8,7 @@ Shapes: N tree nodes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 from core.decode.tree import DraftTree
@@ -115,6 +116,8 @@ def merge(tree: DraftTree, continuations: Sequence[Path], total_tokens: int) -> 
         (paths[node] for node in drafted),
         (path[:depth] for path in continuations for depth in range(1, len(path) + 1)),
     ]
+    known = tree.scores or (0.0, *(math.nan,) * (tree.size - 1))
+    scores = dict(zip(paths, known, strict=True))
     ranks: dict[Path, int] = {(): 0}
     while queues and len(ranks) < total_tokens:
         queue = queues.pop(0)
@@ -126,4 +129,5 @@ def merge(tree: DraftTree, continuations: Sequence[Path], total_tokens: int) -> 
         token_ids_N=tree.token_ids_N.new_tensor([tokens[0], *(path[-1] for path in ranks if path)]),
         parents=(-1, *(ranks[path[:-1]] for path in ranks if path)),
         ranks=tuple(range(len(ranks))),
+        scores=tuple(scores.get(path, math.nan) for path in ranks),
     )

@@ -8,7 +8,9 @@ from typing import Literal
 
 from torch import Tensor
 
+from core.decode.acceptance import RequestRecord
 from core.decode.ngram import NgramIndex
+from core.decode.phases import NO_SECONDS, PhaseSeconds
 from core.decode.rows import Stretch
 from core.decode.sampler import Sampler, TokenLogprobs
 from core.decode.sampling import SamplingSettings
@@ -29,7 +31,7 @@ class Request:
         seed: of the random numbers; None draws one.
         stop_token_ids: besides the target's end tokens. A stop token ends the answer and is the
             last token given.
-        plan: tree of every round; None takes the decoder's.
+        plan: tree of every round; None takes the decoder's, or leaves it to its policy.
     """
 
     prompt_ids: Sequence[int]
@@ -67,11 +69,13 @@ class Event:
         request_id: as `submit` gave it.
         round: what was committed.
         ending: why this round is the last one; None if it is not.
+        seconds: that the request's rounds have taken so far, this one included.
     """
 
     request_id: int
     round: Round
     ending: Ending | None
+    seconds: PhaseSeconds = NO_SECONDS
 
 
 @dataclass(eq=False)
@@ -81,16 +85,19 @@ class DecodedSequence:
     Attributes:
         id: as `submit` gave it.
         request: what is asked.
-        plan: tree of its rounds.
+        plan: tree of its rounds; where it is adaptive, the largest.
         stops: tokens that end it.
         num_rows: of the caches, that it may need.
         drafted: whether a drafter reads its features.
         ngrams: its text, where what followed before is drafted too.
+        adaptive: whether each round's tree is chosen anew.
+        record: how its drafted nodes fared.
         tokens: prompt and answer, committed.
         stretch: its rows; None while it waits.
         cached: tokens whose rows the target's cache holds; without the last one, while it decodes.
         read: of those, the ones that the draft head has read.
         unread: features [T, L, H] of the others, in order.
+        seconds: that its rounds have taken.
     """
 
     id: int
@@ -100,12 +107,15 @@ class DecodedSequence:
     num_rows: int
     drafted: bool = False
     ngrams: NgramIndex | None = None
+    adaptive: bool = False
+    record: RequestRecord = field(default_factory=RequestRecord)
     tokens: list[int] = field(init=False)
     sampler: Sampler = field(init=False)
     stretch: Stretch | None = None
     cached: int = 0
     read: int = 0
     unread: list[Tensor] = field(default_factory=list)
+    seconds: PhaseSeconds = NO_SECONDS
 
     def __post_init__(self) -> None:
         request = self.request

@@ -9,7 +9,7 @@ Shapes: G key/value heads, M rows, E head dimension, N new tokens.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -75,14 +75,25 @@ class _Layer(DynamicLayer):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Reserve the rows; on CPU, memory that is never written is never resident."""
         self.dtype, self.device = key_states.dtype, key_states.device
+        if key_states.shape == value_states.shape:
+            self.reserve_joint(key_states, key_states.shape[1], key_states.shape[-1])
+            return
         self.keys, self.values = (
-            states.new_empty((1, states.shape[1], self.cache.num_rows, states.shape[-1]))
+            self._rows(states, states.shape[1], states.shape[-1])[None]
             for states in (key_states, value_states)
         )
-        if self.cache.zeroed:
-            self.keys.zero_()
-            self.values.zero_()
         self.is_initialized = True
+
+    def reserve_joint(self, like: Tensor, heads: int, size: int) -> None:
+        """Reserve keys and values as halves of one buffer [2G, M, E]."""
+        self.dtype, self.device = like.dtype, like.device
+        self.joint = self._rows(like, 2 * heads, size)
+        self.keys, self.values = self.joint[None, :heads], self.joint[None, heads:]
+        self.is_initialized = True
+
+    def _rows(self, like: Tensor, heads: int, size: int) -> Tensor:
+        rows = like.new_empty((heads, self.cache.num_rows, size))
+        return rows.zero_() if self.cache.zeroed else rows
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -129,6 +140,17 @@ class RowCache(Cache):
         count: int = config.get_text_config().num_hidden_layers
         super().__init__(layers=[_Layer(self) for _ in range(count)])
 
+    @property
+    def _slots(self) -> list[_Layer]:
+        return cast(list[_Layer], self.layers)
+
+    def joint(self, like: Tensor, heads: int, size: int) -> list[Tensor]:
+        """Of each layer the buffer [2G, M, E] of keys and values; reserved like `like`."""
+        for layer in self._slots:
+            if not layer.is_initialized:
+                layer.reserve_joint(like, heads, size)
+        return [layer.joint for layer in self._slots]
+
     def will_write(self, rows_N: Tensor) -> None:
         """Where the next pass puts its tokens, int64 [N]."""
         self._writes_N, self._writes = rows_N, {}
@@ -142,6 +164,6 @@ class RowCache(Cache):
     @torch.inference_mode()
     def move(self, source_N: Tensor, target_N: Tensor) -> None:
         """Copy rows onto others, in every layer."""
-        for layer in self.layers:
+        for layer in self._slots:
             if layer.is_initialized:
                 layer.move(source_N, target_N)

@@ -18,6 +18,8 @@ from core.errors import InputError
 # The likeliest tokens that are looked through first for a nucleus; most distributions need no more.
 FIRST_CANDIDATES = 128
 LARGEST_PENALTY = 2.0
+# Below, the likeliest token is taken, as in vLLM: logits divided by less overflow.
+LEAST_TEMPERATURE = 1e-5
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class SamplingSettings:
     where both cut). Greedy decoding takes the argmax behind the penalties.
 
     Attributes:
-        temperature: 0 is greedy.
+        temperature: 0, and what is less than 1e-5, is greedy.
         top_p: the nucleus, a share of the probability; 1 takes all tokens.
         top_k: likeliest tokens that are kept; 0 takes all.
         min_p: least probability that is kept, as a share of the likeliest token's; 0 takes all.
@@ -96,7 +98,7 @@ class SamplingSettings:
     @property
     def greedy(self) -> bool:
         """Whether the most likely token is always taken."""
-        return self.temperature == 0
+        return self.temperature < LEAST_TEMPERATURE
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """Refuse what a target of so many tokens cannot do.
@@ -154,7 +156,7 @@ def _likeliest(probs_BV: Tensor, most: int, top_p: float) -> tuple[Tensor, Tenso
     wanted_B1 = top_p * (probs_BK.sum(-1, keepdim=True) if most < size else 1.0)
     # A token stays if the tokens before it have not yet reached top_p; the first always stays.
     before_BK = probs_BK.cumsum(-1) - probs_BK
-    return probs_BK.masked_fill(before_BK >= wanted_B1, 0), order_BK
+    return probs_BK.masked_fill((before_BK > 0) & (before_BK >= wanted_B1), 0), order_BK
 
 
 def pick(probs_BV: Tensor, randoms_B: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ Shapes: N tree nodes (node 0, the root, is the last committed token).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -41,11 +42,14 @@ class DraftTree:
         parents: the parent's index of each node; -1 for the root.
         ranks: place of each node in the order of reranking, 0 for the root: the tree of n
             nodes that the same draft would have given holds the nodes with rank < n.
+        scores: a head's cumulative log-probability of each node, 0 for the root, NaN for copied
+            ones; None where no head was asked.
     """
 
     token_ids_N: Tensor
     parents: tuple[int, ...]
     ranks: tuple[int, ...]
+    scores: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         if not len(self.parents) == len(self.ranks) == self.token_ids_N.shape[0]:
@@ -87,6 +91,20 @@ class DraftTree:
         for node in range(1, self.size):
             sees[node] |= sees[self.parents[node]]
         return sees
+
+    def part(self, nodes: Sequence[int]) -> DraftTree:
+        """The tree of some nodes, ascending, the root and all their ancestors among them."""
+        if len(nodes) == self.size:
+            return self
+        index = {old: new for new, old in enumerate(nodes)}
+        by_rank = sorted(nodes, key=lambda node: self.ranks[node])
+        ranks = {old: rank for rank, old in enumerate(by_rank)}
+        return DraftTree(
+            token_ids_N=self.token_ids_N[torch.tensor(nodes)],
+            parents=(-1, *(index[self.parents[node]] for node in nodes[1:])),
+            ranks=tuple(ranks[node] for node in nodes),
+            scores=None if self.scores is None else tuple(self.scores[node] for node in nodes),
+        )
 
     @property
     def paths(self) -> list[list[int]]:

@@ -8,8 +8,13 @@ the plain layer stays as fallback and reference (`target.pack_linear=false`).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
+
+# Layers of an attention that read the same.
+SHARING = ("q_proj", "k_proj", "v_proj")
 
 
 class PackedLinear(nn.Module):
@@ -28,10 +33,75 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Product with the packed weight."""
-        result: Tensor = torch.ops.mkldnn._linear_pointwise(
-            x, self._packed, self.bias, "none", [], ""
+        return self._product(x, "none")
+
+    # What a product is followed by can be done to it while it is in registers.
+
+    def silu(self, x: Tensor) -> Tensor:
+        """SiLU of the product."""
+        return self._product(x, "swish")
+
+    def times(self, x: Tensor, other: Tensor) -> Tensor:
+        """The product, by element, with `other` [..., out_features]."""
+        return self._product_with(x, other, "mul")
+
+    def plus(self, x: Tensor, other: Tensor) -> Tensor:
+        """The product added to `other` [..., out_features]."""
+        return self._product_with(x, other, "add")
+
+    def _product(self, x: Tensor, then: str) -> Tensor:
+        result: Tensor = torch.ops.mkldnn._linear_pointwise.default(
+            x, self._packed, self.bias, then, [], ""
         )
         return result
+
+    def _product_with(self, x: Tensor, other: Tensor, then: str) -> Tensor:
+        result: Tensor = torch.ops.mkldnn._linear_pointwise.binary(
+            x, other, self._packed, self.bias, then
+        )
+        return result
+
+
+class SharedProduct:
+    """One product in place of several with the same input; each layer's part is a slice of it.
+
+    A product of a few tokens costs a start besides its weights; queries, keys and values share it.
+    The product is kept until all parts have been taken, which are asked for with the same tensor.
+    """
+
+    def __init__(self, layers: Sequence[nn.Linear]) -> None:
+        """Pack the layers' weights below each other."""
+        biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
+        weight = torch.cat([layer.weight.detach() for layer in layers])
+        self.layer = PackedLinear(weight, torch.cat(biases) if biases else None)
+        self._parts = len(layers)
+        self._untaken = 0
+        self._input: Tensor | None = None
+        self._output: Tensor | None = None
+
+    def of(self, x: Tensor) -> Tensor:
+        """The whole product, for one of the parts."""
+        if self._input is not x or self._output is None:
+            self._input, self._output, self._untaken = x, self.layer(x), self._parts
+        output = self._output
+        self._untaken -= 1
+        if not self._untaken:
+            self._input = self._output = None
+        return output
+
+
+class PartLinear(nn.Module):
+    """`nn.Linear` for inference as a part of a shared product."""
+
+    def __init__(self, shared: SharedProduct, first: int, out_features: int) -> None:
+        """Columns of the product, from `first` on."""
+        super().__init__()
+        self.shared, self.first, self.out_features = shared, first, out_features
+        self.in_features, self.dtype = shared.layer.in_features, shared.layer.dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        """This layer's columns, a view."""
+        return self.shared.of(x)[..., self.first : self.first + self.out_features]
 
 
 def can_pack(weight: Tensor) -> bool:
@@ -59,7 +129,7 @@ def linear(weight: Tensor, bias: Tensor | None = None, *, packed: bool) -> nn.Mo
 
 def pack_linears(module: nn.Module) -> int:
     """Replace every packable `nn.Linear` below `module` in place; returns how many."""
-    count = 0
+    count = _share(module)
     for name, child in list(module.named_children()):
         if type(child) is nn.Linear and can_pack(child.weight):
             setattr(module, name, PackedLinear(child.weight, child.bias))
@@ -67,3 +137,18 @@ def pack_linears(module: nn.Module) -> int:
         else:
             count += pack_linears(child)
     return count
+
+
+def _share(module: nn.Module) -> int:
+    """Replace a module's query, key and value layers by one product; returns how many."""
+    layers = [getattr(module, name, None) for name in SHARING]
+    if not all(type(layer) is nn.Linear and can_pack(layer.weight) for layer in layers):
+        return 0
+    found = [layer for layer in layers if isinstance(layer, nn.Linear)]
+    if len({(layer.in_features, layer.weight.dtype, layer.bias is None) for layer in found}) > 1:
+        return 0
+    shared, first = SharedProduct(found), 0
+    for name, layer in zip(SHARING, found, strict=True):
+        setattr(module, name, PartLinear(shared, first, layer.out_features))
+        first += layer.out_features
+    return len(found)

@@ -32,6 +32,7 @@ from core.config import TargetConfig
 from core.config.sections import TemplateName
 from core.data.chat_templates import AUTO, use_template
 from core.errors import ConfigError, InputError
+from core.models.fused import FusedDecoder, RowBuffers
 from core.models.packed import pack_linears
 from core.models.ragged import RaggedBatch
 from core.provenance import fingerprint, fingerprint_of, hash_json
@@ -53,6 +54,8 @@ class Target:
     dtype: torch.dtype
     fingerprint: str
     eos_token_ids: frozenset[int]
+    # Computes what the model does over a cache of rows, where it can.
+    fused: FusedDecoder | None = None
 
     @property
     def hidden_size(self) -> int:
@@ -154,6 +157,14 @@ class Target:
         if dense_rows is not None:
             mask = ragged.dense_mask(dense_rows)[None, None].to(self.device)
             return self._cached(input_ids_N, positions_N, cache, layers, attention_mask=mask)
+        if self.fused is not None:
+            return self.fused(
+                input_ids_N.to(self.device),
+                positions_N.to(self.device),
+                cast(RowBuffers, cache),
+                ragged,
+                layers or (self.num_layers,),
+            )
         # Any mask of four dimensions is passed on as it is: none is built.
         mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device)
         return self._cached(
@@ -322,8 +333,10 @@ def load_target(config: TargetConfig, num_threads: int | None = None) -> Target:
     if config.device_map is not None:
         # Where the embedding is; accelerate moves what goes on to the next device.
         device = model.device
+    fused = None
     if config.pack_linear and device.type == "cpu":
         pack_linears(model)
+        fused = FusedDecoder.of(model)
     tokenizer = load_tokenizer(folder, config.template)
     return Target(
         model=model,
@@ -332,6 +345,7 @@ def load_target(config: TargetConfig, num_threads: int | None = None) -> Target:
         dtype=dtype,
         fingerprint=target_fingerprint(folder),
         eos_token_ids=_eos_token_ids(model, tokenizer),
+        fused=fused,
     )
 
 

@@ -6,6 +6,7 @@ All three take the same examples to files on disk, at the same dtype and number 
 from __future__ import annotations
 
 import itertools
+import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,7 +23,7 @@ import torch
 from core.config import Config
 from core.data.examples import Example, read_examples
 from core.data.feature_manifest import Manifest
-from core.data.feature_shards import FeatureDataset, ShardRecord
+from core.data.feature_shards import FeatureDataset
 from core.errors import InputError
 from core.evaluate.comparison import Ratio, Way, compare, print_comparison, summarize_comparison
 from core.models.features import extract_shard, load_for_extraction
@@ -48,10 +49,9 @@ RATIOS = (
 )
 # Each replica's first shard is its warm-up, and at the end replicas wait for the last one.
 LEFT_OUT = (
-    "of the Ray pipeline: starting the replicas, each one's first shard (one more, to warm up), "
-    "and the end, when the first replica has nothing left to do (start_up_seconds, "
-    "whole_seconds); of the bare loop: starting its process, and its first shard (one more); of "
-    "the reference: loading, and one pass to warm up"
+    "of the Ray pipeline and the bare loop: starting the replicas (processes), each one's first "
+    "shard (one more, to warm up), and the end, when the first has nothing left to do (of the "
+    "pipeline start_up_seconds, whole_seconds); of the reference: loading, and one pass to warm up"
 )
 LEAST_SHARDS_A_REPLICA = 4
 
@@ -186,57 +186,49 @@ class _Bench:
         return self._one_by_one(self.plain.features)
 
     def bare_loop(self, _: int) -> dict[str, float]:
-        """What a replica does, without Ray; in a process as new as each repeat's replicas are.
+        """What replicas do, without Ray: as many processes, as new as each repeat's replicas are.
 
         A process that has been through all batches before knows their shapes, for which oneDNN
         then builds nothing.
         """
-        self._fresh()
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
-            # A copy, without the targets that this process has loaded.
-            return process.submit(_bare_loop, replace(self)).result()
-
-    def extract_bare(self) -> dict[str, float]:
-        """The loop itself, behind one shard to warm up."""
-        target = load_for_extraction(self.config.target, self.threads)
-
-        def extract(task: Mapping[str, str], name: str) -> ShardRecord:
-            examples, shard = read_examples(Path(task["work"])), self.work / f"{name}.safetensors"
-            budget = self.config.features.batch_tokens
-            return extract_shard(target, examples, shard, self.manifest, budget)
-
-        extract(self.tasks[0], "warm_up")
-        started = time.perf_counter()
-        records = [extract(task, str(number)) for number, task in enumerate(self.tasks)]
-        seconds = time.perf_counter() - started
-        padded = sum(record.padded_tokens for record in records)
-        return {
-            "tokens_per_second": self.tokens / seconds,
-            "seconds": seconds,
-            "bytes_per_token": sum(record.bytes for record in records) / self.tokens,
-            "padding_waste": 1 - self.tokens / padded,
-        }
+        replicas, tasks = self.config.features.num_replicas, self._with_warm_up()
+        settings = (self.config, self.manifest, self.threads // replicas)
+        with ProcessPoolExecutor(
+            replicas, get_context("spawn"), initializer=_start_bare, initargs=settings
+        ) as processes:
+            rows = list(processes.map(_extract_bare, tasks))
+        padded = sum(row["padded_tokens"] for row in rows)
+        waste = 1 - sum(row["tokens"] for row in rows) / padded
+        return {**self._steady_figures(rows), "padding_waste": waste}
 
     def ray_pipeline(self, _: int) -> dict[str, float]:
-        """The job's own pool; seconds are those of all tokens at the steady rate."""
-        self._fresh()
-        replicas = self.config.features.num_replicas
-        # So that what is timed is the same shards as those of the other ways.
-        warm_up = [
-            {**self.tasks[0], "shard": str(self.work / "warm_up" / f"{number}.safetensors")}
-            for number in range(replicas)
-        ]
+        """The job's own pool."""
+        replicas, tasks = self.config.features.num_replicas, self._with_warm_up()
         started = time.time()
-        rows = list(extract_in_pool([*warm_up, *self.tasks], replicas, self.config, self.manifest))
+        rows = list(extract_in_pool(tasks, replicas, self.config, self.manifest))
         whole = time.time() - started
+        return {
+            **self._steady_figures(rows),
+            "start_up_seconds": min(row["started"] for row in rows) - started,
+            "whole_seconds": whole,
+        }
+
+    def _with_warm_up(self) -> list[dict[str, str]]:
+        """One more shard a replica, so that what is timed is the same shards in all ways."""
+        self._fresh()
+        return [
+            {**self.tasks[0], "shard": str(self.work / "warm_up" / f"{number}.safetensors")}
+            for number in range(self.config.features.num_replicas)
+        ] + self.tasks
+
+    def _steady_figures(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+        """Seconds are those of all tokens at the steady rate."""
         tokens, seconds = steady_state(rows)
         written = sum(Path(task["shard"]).stat().st_size for task in self.tasks)
         return {
             "tokens_per_second": tokens / seconds,
             "seconds": self.tokens * seconds / tokens,
             "bytes_per_token": written / self.tokens,
-            "start_up_seconds": min(row["started"] for row in rows) - started,
-            "whole_seconds": whole,
         }
 
     def storage(self) -> dict[str, dict[str, float]]:
@@ -296,9 +288,29 @@ class _Bench:
         return self.work
 
 
-def _bare_loop(bench: _Bench) -> dict[str, float]:
-    """Runs in a process of its own."""
-    return bench.extract_bare()
+# Of a process of the bare loop: what `_start_bare` gave it.
+_bare: tuple[Target, Config, Manifest]
+
+
+def _start_bare(config: Config, manifest: Manifest, threads: int) -> None:
+    global _bare
+    _bare = load_for_extraction(config.target, threads), config, manifest
+
+
+def _extract_bare(task: Mapping[str, str]) -> dict[str, Any]:
+    """One shard; a row as the pool's."""
+    target, config, manifest = _bare
+    started, shard = time.time(), Path(task["shard"])
+    shard.parent.mkdir(parents=True, exist_ok=True)
+    budget = config.features.batch_tokens
+    record = extract_shard(target, read_examples(Path(task["work"])), shard, manifest, budget)
+    return {
+        "replica": str(os.getpid()),
+        "started": started,
+        "ended": time.time(),
+        "tokens": record.tokens,
+        "padded_tokens": record.padded_tokens,
+    }
 
 
 def _so_many(tasks: list[dict[str, str]], config: Config) -> Iterator[dict[str, str]]:

@@ -167,9 +167,8 @@ class CausalTrainee(Trainee):
     def optimizer(self, config: TrainConfig) -> torch.optim.Optimizer:
         """Weight decay is for matrices: vectors are norms and biases, which it would bend."""
         found = list(self.trained().values())
-        # With ZeRO-3 only parts are left here, and the shape is in `ds_shape`.
-        matrices = [p for p in found if len(getattr(p, "ds_shape", p.shape)) > 1]
-        others = [p for p in found if len(getattr(p, "ds_shape", p.shape)) <= 1]
+        matrices = [parameter for parameter in found if parameter.ndim > 1]
+        others = [parameter for parameter in found if parameter.ndim <= 1]
         groups = [
             {"params": group, "weight_decay": decay}
             for group, decay in ((matrices, config.weight_decay), (others, 0.0))

@@ -68,9 +68,9 @@ class Trainee(nn.Module, ABC):
     def settle(self) -> None:
         """The last part of an engine's construction: weights are where and what they stay."""
 
+    @abstractmethod
     def recompute(self) -> None:
         """Compute activations again in the backward pass, from now on."""
-        raise NotImplementedError(f"{type(self).__name__} keeps its activations")
 
     def optimizer(self, config: TrainConfig) -> torch.optim.Optimizer:
         """Of all trained parameters; its class tells `moments_of` what state it has."""

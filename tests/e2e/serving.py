@@ -28,10 +28,12 @@ from core.draft.vocabulary import DraftVocabulary
 from core.models.target import Target, load_target
 from core.models.tiny import save_tiny_target
 from core.models.weights import load_embedding, load_output_head
+from serve.keys import key_hash
 
 ROOT = Path(__file__).parents[2]
 MAX_CONTEXT = 1 << 16
 PROMPTS = ("Hello!", "Tell me a story.", "What is 2 + 2?")
+ADMIN_KEY = "for /admin"
 START_TIMEOUT_S = 300
 STOP_TIMEOUT_S = 90
 
@@ -64,7 +66,12 @@ def make_models(folder: Path) -> Config:
         target={"path": str(model), "dtype": "float32"},
         draft={"path": str(folder / "head")},
         decode={"total_tokens": 16, "max_context": MAX_CONTEXT, "cache_tokens": MAX_CONTEXT + 100},
-        serve={"port": free_port(), "model_name": "tiny", "cpus_per_replica": 1},
+        serve={
+            "port": free_port(),
+            "model_name": "tiny",
+            "cpus_per_replica": 1,
+            "admin_keys": (key_hash(ADMIN_KEY),),
+        },
         cluster={"address": "local", "num_cpus": 2, "object_store_mb": 100},
     )
     with one_thread():

@@ -167,7 +167,11 @@ def _answers(output: Path) -> dict[str, Any]:
     lines = (output / "evaluation" / "outputs.jsonl").read_text("utf-8").split("\n")[:-1]
     results = {values["id"]: values for values in map(json.loads, lines)}
     return {
-        name: {way: a["token_ids"] for way, a in values["answers"].items() if way != "chosen"}
+        name: {
+            way: [answer["token_ids"] for answer in repeats]
+            for way, repeats in values["answers"].items()
+            if way != "chosen"
+        }
         for name, values in results.items()
     }
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,6 +22,7 @@ import yaml
 
 from core.models.target import Target, load_target
 from tests.e2e.serving import (
+    ADMIN_KEY,
     MAX_CONTEXT,
     PROMPTS,
     ROOT,
@@ -280,6 +283,41 @@ def test_a_client_that_stops_waiting_frees_the_replica(client: openai.OpenAI) ->
     stream = create(client, stream=True, max_tokens=ENDLESS)
     assert first_text(stream)
     stream.close()
+
+
+def test_a_head_is_swapped_under_load(
+    served: Served, client: openai.OpenAI, expected: dict[str, Expected], tmp_path: Path
+) -> None:
+    """Every answer on the way is whole; a bad head changes nothing."""
+    good, bad = tmp_path / "good", tmp_path / "bad"
+    for copy in (good, bad):
+        shutil.copytree(served.config.draft.path or "", copy)
+    (bad / "model.safetensors").write_bytes(b"damaged")
+    done = threading.Event()
+
+    def answers() -> list[tuple[str, str]]:
+        found = []
+        while not done.is_set():
+            for prompt in PROMPTS:
+                found.append((prompt, text_of(create(client, prompt, stream=True))))
+        return found
+
+    def bring(folder: Path) -> httpx.Response:
+        headers = {"Authorization": f"Bearer {ADMIN_KEY}"}
+        url = f"{served.url}/admin/draft"
+        return httpx.post(url, json={"path": str(folder)}, headers=headers, timeout=TIMEOUT_S)
+
+    with ThreadPoolExecutor(3) as threads:
+        running = [threads.submit(answers) for _ in range(3)]
+        try:
+            refused, promoted = bring(bad), bring(good)
+        finally:
+            done.set()
+        found = [one for answered in running for one in answered.result(TIMEOUT_S)]
+    assert (refused.status_code, refused.json()["error"]["code"]) == (400, "draft_refused")
+    assert (promoted.status_code, promoted.json()["state"]) == (200, "promoted")
+    assert len(found) >= 9
+    assert all(text == expected[prompt].text for prompt, text in found)
 
 
 def test_the_terminal_chat(served: Served, expected: dict[str, Expected]) -> None:

@@ -26,14 +26,15 @@ FLAGS = [
 PICTURES = os.environ.get("AERIE_TEST_PICTURES")
 NUM_TOKENS = 60
 
+needs_chromium = pytest.mark.skipif(
+    CHROMIUM is None, reason="no `chromium` on this machine; `make test-setup` installs it"
+)
 pytestmark = [
     pytest.mark.browser,
     pytest.mark.e2e,
     pytest.mark.cluster,
     pytest.mark.slow,
-    pytest.mark.skipif(
-        CHROMIUM is None, reason="no `chromium` on this machine; `make test-setup` installs it"
-    ),
+    needs_chromium,
 ]
 
 

@@ -25,14 +25,18 @@ from transformers import (
 )
 
 from core.config import DRAFT_CONFIGS, DecodeConfig, TargetConfig
+from core.decode.batch_policy import BatchPolicy
+from core.decode.costs import BatchCosts, CostModel
 from core.decode.engine import SpeculativeDecoder
-from core.decode.tree import TreePlan
+from core.decode.requests import Request
+from core.decode.tree import PLAIN, TreePlan
 from core.draft.base import DraftBatch, TargetGeometry, build_head
 from core.draft.folder import load_head, save_head
 from core.draft.vocabulary import DraftVocabulary
 from core.models.target import Target, load_target
 from core.models.tiny import byte_tokenizer
 from core.models.weights import load_embedding, load_output_head
+from tests.oracle import OracleDrafter
 
 COMMON: dict[str, Any] = {
     "vocab_size": 259,
@@ -132,6 +136,45 @@ def test_a_head_is_built_trained_saved_and_lossless(target, kind: str, tmp_path:
         rounds = decoder.generate(prompt, max_new_tokens=NEW_TOKENS, plan=TreePlan(20, 3, 4))
         found = [token for done in rounds for token in done.tokens]
         assert found == wanted[0, len(prompt) :].tolist()
+
+
+def test_a_batch_of_oracle_drafts_is_lossless(target) -> None:
+    """Fixed trees, trees that are chosen each round, and plain decoding side by side."""
+    _, model, _ = target
+    prompts = [(1, 40 + number, *range(60, 60 + 7 * number, 3)) for number in range(8)]
+    count = 16
+    answers = {}
+    for prompt in prompts:
+        ids_1T = torch.tensor([prompt])
+        output = model.model.generate(
+            ids_1T,
+            attention_mask=torch.ones_like(ids_1T),
+            max_new_tokens=count,
+            do_sample=False,
+            eos_token_id=sorted(model.eos_token_ids),
+            pad_token_id=0,
+        )
+        answers[prompt] = tuple(output[0, len(prompt) :].tolist())
+    drafter = OracleDrafter(
+        {prompt: (*answer, *(3,) * 8) for prompt, answer in answers.items()}, 259, skill=0.7
+    )
+    config = DecodeConfig(max_context=128, cache_tokens=300, batch_size=5, prefill_chunk=16)
+    decoder = SpeculativeDecoder(model, None, config, drafter=drafter)
+    costs = BatchCosts({1: 1.0, 32: 1.2}, 0.05, {1: 0.1}, {1: 0.05})
+    decoder.policy = BatchPolicy(CostModel(costs), TreePlan(10, 4, 3))
+    plans = (TreePlan(12, 5, 4), None, TreePlan(4, 2, 2), PLAIN)
+    numbers = {
+        decoder.submit(Request(prompt, count, plan=plans[place % len(plans)])): prompt
+        for place, prompt in enumerate(prompts)
+    }
+    found: dict[int, list[int]] = {number: [] for number in numbers}
+    accepted = 0
+    while decoder.busy:
+        for event in decoder.step():
+            found[event.request_id] += event.round.tokens
+            accepted += len(event.round.ranks)
+    assert {numbers[number]: tuple(text) for number, text in found.items()} == answers
+    assert accepted > 20, "too few accepted paths to show anything"
 
 
 def test_the_geometry_is_the_architectures(target) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -22,8 +23,11 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from core.config import DecodeConfig, TargetConfig
+from core.decode.batch_policy import BatchPolicy
+from core.decode.costs import BatchCosts, CostModel
 from core.decode.engine import SpeculativeDecoder
 from core.decode.penalties import Penalties
+from core.decode.requests import Request
 from core.decode.sampling import SamplingSettings, pick, target_probs
 from core.decode.tree import DraftTree, TreePlan
 from core.decode.verify import verify_sampling
@@ -318,7 +322,40 @@ def _one_at_a_time(
     return answers
 
 
-@pytest.fixture(scope="module", params=[_one_at_a_time])
+def _eight_at_a_time(
+    target: Target, folder: Path, settings: SamplingSettings, seeds: Sequence[int]
+) -> list[tuple[int, ...]]:
+    """Side by side: fixed trees, and trees that are chosen each round, which come and go."""
+    oracle = OracleHead.of(target, folder, skill=0.7)
+    oracle.start(PROMPT[0])
+    config = DecodeConfig(
+        max_context=64, cache_tokens=320, batch_size=8, max_waiting=len(seeds), ngram_match=1
+    )
+    decoder = SpeculativeDecoder(target, oracle, config)
+    costs = BatchCosts({1: 1.0, 8: 1.2, 32: 4.0}, 0.1, {1: 0.1}, {1: 0.05})
+    now, draw = [0.0], random.Random(0)
+
+    def clock() -> float:
+        now[0] += draw.choice((0.1, 1.0, 5.0))
+        return now[0]
+
+    decoder.policy = BatchPolicy(CostModel(costs), TreePlan(8, 1, 3), clock=clock)
+    plans = (None, TreePlan(8, 1, 3), None, TreePlan(3, 0, 2))
+    numbers = [
+        decoder.submit(Request(PROMPT, 3, settings, seed, plan=plans[seed % len(plans)]))
+        for seed in seeds
+    ]
+    answers: dict[int, tuple[int, ...]] = dict.fromkeys(numbers, ())
+    sizes = set()
+    while decoder.busy:
+        for event in decoder.step():
+            answers[event.request_id] += event.round.tokens
+            sizes.add(event.round.tree_size)
+    assert len(sizes) >= 5, "too few kinds of trees to show anything"
+    return list(answers.values())
+
+
+@pytest.fixture(scope="module", params=[_one_at_a_time, _eight_at_a_time])
 def engine(request: pytest.FixtureRequest, target: tuple[Target, Path]) -> Engine:
     return partial(request.param, *target)
 

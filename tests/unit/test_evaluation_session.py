@@ -18,8 +18,10 @@ from core.draft.folder import save_head
 from core.draft.vocabulary import DraftVocabulary
 from core.errors import ConfigError, InputError
 from core.evaluate.session import EvaluationSession, select_prompts
-from core.evaluate.speculation import BASELINE, HF_GENERATE
-from core.evaluate.summary import CHOSEN, summarize
+from core.evaluate.speculation import BASELINE, HF_GENERATE, HF_LOOKUP
+from core.evaluate.summary import summarize
+from core.evaluate.ways import CHOSEN, COPIES_ALONE, WITHOUT_COPIES, fixed_plans
+from core.models.packed import PackedLinear
 from core.models.target import Target
 
 
@@ -67,10 +69,120 @@ def test_every_way_answers_and_none_differs(config: Config) -> None:
     assert list(results[0].answers) == everything
     assert list(results[1].answers) == everything[:3], "the first prompts alone"
     assert all(not result.differences for result in results)
-    assert len({result.answers[BASELINE].token_ids for result in results}) == 2
+    assert len({result.answers[BASELINE][0].token_ids for result in results}) == 2
     report = summarize(results)["overall"]
     assert report["lossless_identical"] == report["lossless_total"] == 5
     assert report["ways"]["tree_12"]["tree_size"] == 12
+
+
+def test_copies_depths_and_repeats_are_ways_of_their_own(config: Config) -> None:
+    config = config.replace(
+        decode={"ngram_match": 2},
+        eval={
+            "repeats": 3,
+            "fixed_total_tokens": [4, 12],
+            "fixed_depths": [1, 2],
+            "ngram_total_tokens": 5,
+            "untrained_prompts": 0,
+            "hf_lookup_tokens": 3,
+        },
+    )
+    session = EvaluationSession(config, 1, None)
+    fixed = ["tree_4_depth_1", "tree_4_depth_2", "tree_12_depth_1", "tree_12_depth_2"]
+    assert list(fixed_plans(config)) == fixed
+    (result,) = session.answer(_prompt("a", "x", "hello hello hello hello"), 0)
+    assert list(result.answers) == [
+        BASELINE, CHOSEN, WITHOUT_COPIES, COPIES_ALONE, *fixed, HF_GENERATE, HF_LOOKUP,
+    ]  # fmt: skip
+    assert all(len(repeats) == 3 for repeats in result.answers.values())
+    assert not result.differences
+    (alone, *_) = result.answers[COPIES_ALONE]
+    # A match of three words of a head's tree would be larger; where nothing matches, it is a root.
+    assert 1 <= alone.tree_size <= 5
+    report = summarize([result, result], fixed)["overall"]
+    assert report["repeats"] == 3 and report["lossless_total"] == 14
+    assert report["against_best_fixed"]["way"] in fixed
+
+
+def test_batches_ask_what_was_asked_alone(config: Config) -> None:
+    config = config.replace(
+        eval={"batch_sizes": [1, 3], "repeats": 2, "untrained_prompts": 0, "arrivals": 2.0}
+    )
+    session = EvaluationSession(config, 1, None)
+    prompts = [
+        _prompt("a", "x"),
+        Prompt("q", "y", (Message("user", "who are you?"),), ("and now?",)),
+    ]
+    session.check_prompts(prompts)
+    results = {
+        r.key: r for turn, prompt in enumerate(prompts) for r in session.answer(prompt, turn)
+    }
+    questions = session.questions(prompts, results)
+    assert [one.id for one in questions] == ["a", "q/1", "q/2"]
+    assert [len(one.prompt_ids) for one in questions] == [r.prompt_tokens for r in results.values()]
+    runs = list(session.run_batches(questions, ()))
+    ways = [BASELINE, CHOSEN, "tree_12"]
+    turned = [*ways, *ways[1:], ways[0]]
+    assert [run.key for run in runs] == [
+        key
+        for size in (1, 3)
+        for key in [
+            *((0.0, size, n // 3, way, 0.0) for n, way in enumerate(turned)),
+            (0.0, size, 0, CHOSEN, 2.0),
+        ]
+    ]  # fmt: skip
+    assert not any(run.differences for run in runs)
+    assert sum(run.answers for run in runs) == 7 * 3 + 7 * 6
+    done = {run.key for run in runs[:6]}
+    assert [run.key for run in session.run_batches(questions, done)] == [r.key for r in runs[6:]]
+
+
+def test_at_other_temperatures_a_seeds_text_is_the_same_in_every_way(config: Config) -> None:
+    config = config.replace(
+        eval={
+            "batch_sizes": [3], "temperatures": [0.0, 1.0], "repeats": 2, "hf_lookup_tokens": 2,
+        }
+    )  # fmt: skip
+    session = EvaluationSession(config, 1, None)
+    prompts = [_prompt("a", "x"), _prompt("b", "x", "who are you?")]
+    (greedy, *_), drawn = (
+        [r for n, prompt in enumerate(prompts) for r in session.answer(prompt, n, (), t)]
+        for t in (0.0, 1.0)
+    )
+    assert [result.key for result in drawn] == [(1.0, "a"), (1.0, "b")]
+    assert HF_LOOKUP in drawn[0].answers
+    assert not any(result.differences for result in drawn)
+    texts = [result.answers[BASELINE][0].token_ids for result in (greedy, *drawn)]
+    assert len(set(texts)) == 3
+    results = {result.key: result for result in drawn}
+    questions = session.questions(prompts, results, 1.0)
+    runs = list(session.run_batches(questions, ()))
+    assert {run.temperature for run in runs} == {1.0}
+    assert not any(run.differences for run in runs)
+    # With another seed other tokens are drawn.
+    other = EvaluationSession(config.replace(eval={"seed": 1}), 1, None)
+    (again,) = other.answer(prompts[0], 0, (), 1.0)
+    assert again.answers[BASELINE][0].token_ids != texts[1]
+
+
+def test_batches_that_the_cache_cannot_hold_are_named_before_any_prompt(config: Config) -> None:
+    config = config.replace(decode={"cache_tokens": 200}, eval={"batch_sizes": [2, 6]})
+    with pytest.raises(InputError, match=r"of 6 requests .* decode\.cache_tokens=200"):
+        EvaluationSession(config, 1, None).check_prompts([_prompt("a", "x")])
+
+
+@pytest.mark.parametrize(("hf_model", "same"), [("plain", False), ("packed", True)])
+def test_hf_generates_with_a_model_of_its_own_unless_told_otherwise(
+    config: Config, hf_model: str, same: bool
+) -> None:
+    session = EvaluationSession(config.replace(eval={"hf_model": hf_model}), 1, None)
+    outside, ours = session.ways.outside, session.decoder.target
+    assert outside is not None and (outside.model is ours.model) == same
+    packed = [
+        any(isinstance(m, PackedLinear) for m in one.model.modules()) for one in (outside, ours)
+    ]
+    assert packed == [same, True]
+    assert outside.dtype == ours.dtype
 
 
 def test_a_prompt_that_does_not_fit_is_named_before_any_is_answered(config: Config) -> None:
@@ -109,7 +221,7 @@ def test_a_second_turn_is_asked_on_top_of_the_targets_own_answer(config: Config)
     # One that was interrupted in between goes on with the second.
     (again,) = session.answer(prompt, 3, [first.text])
     assert again.id == "q/2"
-    assert again.answers[BASELINE].token_ids == second.answers[BASELINE].token_ids
+    assert again.answers[BASELINE][0].token_ids == second.answers[BASELINE][0].token_ids
     assert not second.differences
 
 
@@ -133,6 +245,9 @@ def test_prompts_are_spread_over_tasks() -> None:
     assert taken == ["x0", "y0", "z0", "x1", "y1"]
     assert len(select_prompts(prompts, None)) == 7
     assert select_prompts([], 3) == []
+    assert [p.id for p in select_prompts(prompts, 2, ["z", "y"])] == ["y0", "z0"]
+    with pytest.raises(ConfigError, match=r"eval\.tasks: no prompt is of w; there are x, y, z"):
+        select_prompts(prompts, 2, ["w", "x"])
 
 
 def test_a_tasks_prompts_are_spread_over_its_categories() -> None:

@@ -41,7 +41,7 @@ def _by_definition(text: list[int], shortest: int, most: int, length: int) -> li
     st.integers(1, 4),
     st.integers(1, 8),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_continuations_are_those_of_the_whole_text(
     text: list[int], cuts: list[int], shortest: int, most: int, length: int
 ) -> None:
@@ -128,7 +128,7 @@ _cases = st.builds(
 
 
 @given(_cases, _continuations)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_what_is_merged_is_a_tree(case: Case, continuations: list[Path]) -> None:
     size = case.plan.total_tokens
     tree = case.tree()
@@ -143,7 +143,7 @@ def test_what_is_merged_is_a_tree(case: Case, continuations: list[Path]) -> None
 
 
 @given(_cases, _continuations, st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_smaller_tree_is_the_first_ranks_of_a_larger_one(
     case: Case, continuations: list[Path], data: st.DataObject
 ) -> None:

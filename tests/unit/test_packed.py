@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from core.models.packed import PackedLinear, can_pack, linear, pack_linears
+from core.models.packed import PackedLinear, PartLinear, can_pack, linear, pack_linears
 
 # Sums of 96 products of size about 1: in float32 another order costs up to 96 · 2⁻²⁴ ≈ 6e-6 of
 # their size; in bfloat16 both round the same float32 sum to 8 bits, one step of 2⁻⁷ apart at most.
@@ -62,3 +62,60 @@ def test_linear_of_given_weights(packed: bool) -> None:
     assert not any(p.requires_grad for p in layer.parameters())
     x = torch.randn(2, 8)
     torch.testing.assert_close(layer(x), x @ weight.T + bias, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@torch.no_grad()
+def test_what_follows_a_product(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    plain = nn.Linear(96, 80).to(dtype)
+    packed = PackedLinear(plain.weight, plain.bias)
+    x, other = torch.randn(5, 96).to(dtype), torch.randn(5, 80).to(dtype)
+    product = nn.functional.linear(x.float(), plain.weight.float(), plain.bias.float())
+    near = TOLERANCE[dtype]
+    for found, wanted in (
+        (packed.silu(x), nn.functional.silu(product)),
+        (packed.times(x, other), product * other.float()),
+        (packed.plus(x, other), product + other.float()),
+    ):
+        torch.testing.assert_close(found.float(), wanted, rtol=near, atol=near * 2)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@torch.no_grad()
+def test_queries_keys_and_values_are_one_product(
+    bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    names = {"q_proj": 12, "k_proj": 4, "v_proj": 4}
+    module = nn.ModuleDict({name: nn.Linear(8, size, bias=bias) for name, size in names.items()})
+    inputs = [torch.randn(2, 3, 8), torch.randn(1, 8)]
+    wanted = [{name: module[name](x) for name in names} for x in inputs]
+    assert pack_linears(module) == 3
+    assert all(type(module[name]) is PartLinear for name in names)
+    products: list[torch.Size] = []
+    computed = PackedLinear.forward
+
+    def counted(self: PackedLinear, x: torch.Tensor) -> torch.Tensor:
+        products.append(x.shape)
+        return computed(self, x)
+
+    monkeypatch.setattr(PackedLinear, "forward", counted)
+    for x, expected in zip(inputs, wanted, strict=True):
+        for name in ("k_proj", "q_proj", "v_proj"):
+            torch.testing.assert_close(module[name](x), expected[name], rtol=1e-5, atol=1e-5)
+    assert products == [x.shape for x in inputs]
+    # All parts are taken, so nothing is kept: the same tensor with other contents counts anew.
+    inputs[1].zero_()
+    found = torch.cat([module[name](inputs[1]) for name in names], dim=-1)
+    part = module["q_proj"]
+    assert isinstance(part, PartLinear)
+    shared = part.shared.layer.bias
+    torch.testing.assert_close(found[0], torch.zeros(20) if shared is None else shared)
+
+
+def test_layers_that_do_not_share_an_input_are_packed_alone() -> None:
+    sizes = {"q_proj": 8, "k_proj": 16, "v_proj": 8}
+    module = nn.ModuleDict({name: nn.Linear(size, 4) for name, size in sizes.items()})
+    assert pack_linears(module) == 3
+    assert all(type(module[name]) is PackedLinear for name in sizes)

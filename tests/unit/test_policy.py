@@ -32,7 +32,7 @@ def test_a_record_says_what_smaller_trees_would_have_committed() -> None:
 
 
 @given(st.integers(0, 10**6), st.integers(1, 40))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_the_record_of_a_large_tree_is_what_a_smaller_one_commits(seed: int, size: int) -> None:
     """By drafting and verifying both, with a target that often agrees with the head."""
     case = Case(6, seed, 0, TreePlan(40, 3, 4))

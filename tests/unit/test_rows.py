@@ -9,7 +9,7 @@ from core.decode.rows import RowSpace, Stretch
 
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(1, 30)), max_size=60))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_no_row_is_given_twice_and_none_is_lost(steps: list[tuple[bool, int]]) -> None:
     space = RowSpace(100)
     held: list[Stretch] = []

@@ -78,7 +78,7 @@ _settings = st.builds(
 
 
 @given(_settings, st.lists(st.integers(0, SIZE - 1), max_size=6))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_node_is_penalized_as_its_text_would_be(
     asked: SamplingSettings, output: list[int]
 ) -> None:

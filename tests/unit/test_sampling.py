@@ -54,6 +54,13 @@ def test_the_nucleus_is_the_smallest_that_reaches_top_p() -> None:
         torch.testing.assert_close(found[kept], probs_V[kept] / probs_V[kept].sum())
 
 
+def test_values_that_float32_has_not_leave_the_likeliest_token() -> None:
+    logits = torch.tensor([[1.0, 3.0, 2.0]])
+    probs = target_probs(logits, SamplingSettings(temperature=1, top_p=1e-320))
+    assert probs.tolist() == [[0, 1, 0]]
+    assert SamplingSettings(temperature=1e-320).greedy
+
+
 def test_half_precision_logits_become_float32() -> None:
     found = target_probs(torch.randn(300).bfloat16(), SamplingSettings(0.5))
     assert found.dtype == torch.float32

@@ -108,6 +108,49 @@ def test_each_choice_has_the_next_seed(service: Service, path: str) -> None:
     assert [streamed(path, chunks, place) for place in range(3)] == texts
 
 
+@pytest.mark.parametrize("prompts", [["Hello!", "Something else."], [[40, 41], [50, 51, 52]]])
+def test_several_prompts_are_answered_as_each_alone(service: Service, prompts: Json) -> None:
+    sampled = {"temperature": 1.0, "seed": 7, "n": 2}
+    alone = [service.answer(TEXT, prompt=prompt, **sampled) for prompt in prompts]
+    wanted = [choice["text"] for body in alone for choice in body["choices"]]
+    body = service.answer(TEXT, prompt=prompts, **sampled)
+    assert [choice["text"] for choice in body["choices"]] == wanted
+    assert [choice["index"] for choice in body["choices"]] == [0, 1, 2, 3]
+    used = [one["usage"]["prompt_tokens"] for one in alone]
+    assert body["usage"]["prompt_tokens"] == sum(used)
+    chunks = service.stream(TEXT, prompt=prompts, **sampled)
+    assert [streamed(TEXT, chunks, place) for place in range(4)] == wanted
+
+
+@pytest.mark.parametrize("prompt", ["Hello!", [40, 41, 42]])
+def test_an_echo_begins_with_the_prompt(service: Service, prompt: Any) -> None:
+    plain = service.answer(TEXT, prompt=prompt)["choices"][0]["text"]
+    text = prompt if isinstance(prompt, str) else service.answer("/detokenize", tokens=prompt)
+    before = text if isinstance(text, str) else text["prompt"]
+    choice = service.answer(TEXT, prompt=prompt, echo=True)["choices"][0]
+    assert choice["text"] == before + plain
+    assert streamed(TEXT, service.stream(TEXT, prompt=prompt, echo=True)) == before + plain
+    response = service.call(TEXT, echo=True, logprobs=1)
+    assert (
+        response.status_code == 400 and "echo goes without" in response.json()["error"]["message"]
+    )
+
+
+@pytest.mark.parametrize("path", [CHAT, TEXT])
+def test_the_extension_tells_where_the_time_goes(service: Service, path: str) -> None:
+    asked = {"aerie": {"spans": True}, "max_tokens": 12}
+    chunks = service.stream(path, **asked)
+    told = [one["choices"][0].get("aerie", {}) for one in chunks]
+    parts = [one["seconds"] for one in told if one]
+    figures = chunks[-1]["aerie"]
+    assert figures["seconds"].keys() == {"prefill", "draft", "verify"}
+    assert figures["seconds"]["prefill"] > 0 and figures["seconds"]["verify"] > 0
+    for phase, seconds in figures["seconds"].items():
+        assert sum(part[phase] for part in parts) == pytest.approx(seconds, abs=1e-3)
+    assert figures["tree_size"] == 1, "this service has no draft head"
+    assert service.answer(path, **asked)["aerie"].keys() == figures.keys()
+
+
 def test_stop_strings_and_tokens(service: Service) -> None:
     text = service.answer(TEXT, max_tokens=40)["choices"][0]["text"]
     choice = service.answer(TEXT, max_tokens=40, stop=text[5:7])["choices"][0]
@@ -220,11 +263,14 @@ def test_tokens_there_and_back(service: Service) -> None:
         (CHAT, "logprobs", {"logprobs": 2}),
         (TEXT, "logprobs", {"logprobs": 6}),
         (TEXT, "prompt", {"prompt": None}),
-        (TEXT, "prompt", {"prompt": ["a", "b"]}),
+        (TEXT, "prompt", {"prompt": []}),
+        (TEXT, "prompt", {"prompt": ["a", ""]}),
+        (TEXT, "prompt", {"prompt": ["a"] * 65}),
+        (TEXT, "prompt", {"prompt": ["a"] * 30, "n": 3}),
         (TEXT, "prompt", {"prompt": ""}),
         (TEXT, "prompt", {"prompt": [99999]}),
         (TEXT, "best_of", {"best_of": 2}),
-        (TEXT, "echo", {"echo": True}),
+        (TEXT, "echo", {"echo": 1}),
         (TEXT, "suffix", {"suffix": "."}),
         (TGI, "inputs", {"inputs": 5}),
         (TGI, "parameters.max_new_tokens", {"parameters": {"max_new_tokens": 0}}),
@@ -285,7 +331,7 @@ def test_a_full_queue_is_a_429(service: Service, monkeypatch: pytest.MonkeyPatch
 
     async def two() -> httpx.Response:
         prompt = Conversation((("user", "Hello!"),))
-        first = service.replica.generate(Generation(prompt, max_new_tokens=300))
+        first = service.replica.generate(Generation((prompt,), max_new_tokens=300))
         async with aclosing(first) as events:
             await anext(events)
             return await service.client.post(CHAT, json=HELLO[CHAT])

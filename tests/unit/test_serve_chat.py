@@ -16,6 +16,9 @@ from serve.openai_chat import ChatAnswer, ChatRequest
 HELLO = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
 
 
+NO_TIME = {"prefill": 0.0, "draft": 0.0, "verify": 0.0}
+
+
 def refusal(**fields: Any) -> ApiError:
     """The error that a request with these fields gets."""
     try:
@@ -33,7 +36,7 @@ def generation(**fields: Any) -> Generation:
 
 def test_what_is_not_given_is_left_to_the_server() -> None:
     request = generation(temperature=None, stop=None, stream=None)
-    assert request.prompt == Conversation((("user", "hi"),))
+    assert request.prompts == (Conversation((("user", "hi"),)),)
     assert (request.sampling, request.seed, request.choices) == ({}, None, 1)
     assert (request.max_new_tokens, request.stops) == (None, ())
 
@@ -69,7 +72,7 @@ def test_contents_of_parts_and_the_newer_system_role() -> None:
         {"role": "assistant", "content": "c", "refusal": None, "tool_calls": None},
     ]
     expected = (("system", "be brief"), ("user", "ab"), ("assistant", "c"))
-    prompt = generation(messages=messages).prompt
+    (prompt,) = generation(messages=messages).prompts
     assert isinstance(prompt, Conversation) and prompt.messages == expected
 
 
@@ -165,9 +168,9 @@ def test_errors_have_the_shape_of_openai() -> None:
 
 
 ROUNDS = [
-    Progressed(0, (("a", False),), 1, 1),
-    Progressed(0, (), 1, 8),
-    Progressed(0, (("é", True),), 1, 8),
+    Progressed(0, (("a", False),), (1,), 1),
+    Progressed(0, (), (2,), 8),
+    Progressed(0, (("é", True),), (3,), 8),
 ]
 FINISHED = Finished(0, "length", 3, rounds=3, accepted_length=1.0, tokens_per_second=10.0)
 
@@ -194,14 +197,21 @@ SPANS = {"aerie": {"spans": True}}
 def test_spans_and_figures_only_where_asked_for() -> None:
     body = answer(**SPANS).whole(ROUNDS, [FINISHED])
     assert body["choices"][0]["aerie"] == {"spans": [("a", False), ("é", True)]}
-    assert body["aerie"] == {"accepted_length": 1.0, "tokens_per_second": 10.0, "rounds": 3}
+    assert body["aerie"] == {
+        "accepted_length": 1.0,
+        "tokens_per_second": 10.0,
+        "rounds": 3,
+        "tree_size": 1.0,
+        "seconds": NO_TIME,
+    }
 
 
 def test_chunks_without_text_are_left_out_unless_spans_are_wanted() -> None:
     assert [len(answer().part(each)) for each in ROUNDS] == [1, 0, 1]
     (silent,) = answer(**SPANS).part(ROUNDS[1])
     assert isinstance(silent, dict)
-    assert silent["choices"][0]["aerie"] == {"spans": (), "tokens": 1, "tree_size": 8}
+    told = {"spans": (), "tokens": 1, "tree_size": 8, "seconds": NO_TIME}
+    assert silent["choices"][0]["aerie"] == told
 
 
 def test_usage_comes_in_a_chunk_without_choices() -> None:

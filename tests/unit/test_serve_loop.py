@@ -61,13 +61,13 @@ def run(work: Callable[[], Any]) -> Any:
 
 def counted(loop: DecodingLoop, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many rounds have begun."""
-    step, rounds = loop._decoder.step, [0]
+    step, rounds = loop.lane.decoder.step, [0]
 
     def count() -> Any:
         rounds[0] += 1
         return step()
 
-    monkeypatch.setattr(loop._decoder, "step", count)
+    monkeypatch.setattr(loop.lane.decoder, "step", count)
     return rounds
 
 
@@ -115,7 +115,7 @@ def test_who_leaves_makes_room_within_a_round(
         waited, turn = run(work)
         # The round that may be at work, and the one that begins with the waiting prompt.
         assert waited <= 2 + 1 and turn.started is not None
-    assert not loop._decoder.busy, "both were given up"
+    assert not loop.lane.decoder.busy, "both were given up"
 
 
 def test_a_cancelled_coroutine_gives_its_turn_up(tiny_target: Target) -> None:
@@ -188,7 +188,7 @@ def test_a_failure_reaches_everyone_and_leaves_nothing_behind(
             return await texts(loop.join([request]))
 
         assert run(work) == solo(tiny_target, [request])
-        assert loop.healthy and not loop._decoder.busy
+        assert loop.healthy and not loop.lane.decoder.busy
 
 
 def test_a_decoder_that_always_fails_is_not_healthy(

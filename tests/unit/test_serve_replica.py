@@ -54,7 +54,7 @@ def replica(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DecoderReplica
 
 
 def asked(prompt: str, **settings: Any) -> Generation:
-    return Generation(Conversation((("user", prompt),)), **settings)
+    return Generation((Conversation((("user", prompt),)),), **settings)
 
 
 async def events_of(replica: DecoderReplica, request: Generation) -> list[Any]:
@@ -68,7 +68,7 @@ def text_of(events: list[Any]) -> str:
 def decoded(replica: DecoderReplica, prompt: str, max_new_tokens: int) -> tuple[list[int], str]:
     tokenizer = replica._tokenizer
     prompt_ids = encode_prompt(tokenizer, [Message("user", prompt)])
-    rounds = replica._decoder.generate(prompt_ids, max_new_tokens=max_new_tokens)
+    rounds = replica._loop.lane.decoder.generate(prompt_ids, max_new_tokens=max_new_tokens)
     tokens = [token for one in rounds for token in one.tokens]
     return tokens, str(tokenizer.decode(tokens, skip_special_tokens=True))
 
@@ -76,7 +76,7 @@ def decoded(replica: DecoderReplica, prompt: str, max_new_tokens: int) -> tuple[
 def test_an_answer_that_ends_by_itself(replica: DecoderReplica, run: Run) -> None:
     prompt = "Tell me a story"
     tokens, text = decoded(replica, prompt, 300)
-    assert tokens[-1] in replica._decoder.target.eos_token_ids, "another prompt is needed"
+    assert tokens[-1] in replica._target.eos_token_ids, "another prompt is needed"
     events = run(events_of(replica, asked(prompt, max_new_tokens=300)))
     assert isinstance(events[0], Accepted)
     assert text_of(events) == text

@@ -39,7 +39,7 @@ def _scores(head: ScriptedHead, tree: DraftTree) -> list[float]:
 
 
 @given(_cases(st.sampled_from([0, 1, 2, 5])))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_what_is_drafted_is_a_tree(case: Case) -> None:
     tree = case.tree()
     assert tree.size == min(case.plan.total_tokens, case.proposed)
@@ -58,7 +58,7 @@ def test_what_is_drafted_is_a_tree(case: Case) -> None:
 
 
 @given(_cases(st.sampled_from([0, 2, 5])))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_siblings_and_ranks_are_in_order_of_probability(case: Case) -> None:
     tree = case.tree()
     scores = _scores(case.head(), tree)
@@ -72,7 +72,7 @@ def test_siblings_and_ranks_are_in_order_of_probability(case: Case) -> None:
 
 
 @given(_cases(st.sampled_from([0, 1, 2, 5])), st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_smaller_tree_is_the_first_ranks_of_a_larger_one(case: Case, data: st.DataObject) -> None:
     """The policy reads off the largest tree what a smaller one would have held."""
     large = case.tree()
@@ -115,7 +115,7 @@ def _best(nodes: list[Scored], count: int) -> list[Scored]:
 
 
 @given(_cases(st.just(0)))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_the_tree_is_eagle_2s(case: Case) -> None:
     wanted = _by_definition(case.head(), case.plan)
     assert set(_node_paths(case.tree())[1:]) == wanted
@@ -162,7 +162,7 @@ def test_views_of_a_tree() -> None:
 
 
 @given(_cases(st.just(0)))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_a_node_sees_its_path_alone(case: Case) -> None:
     tree = case.tree()
     for path in tree.paths:

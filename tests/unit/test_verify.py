@@ -71,7 +71,7 @@ def _trees(draw: st.DrawFn) -> DraftTree:
 
 
 @given(_trees(), st.integers(0, 10**6))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_greedy_takes_the_longest_path_that_the_target_would_say(
     tree: DraftTree, seed: int
 ) -> None:
@@ -92,7 +92,7 @@ def test_greedy_takes_the_longest_path_that_the_target_would_say(
 @given(
     _trees(), st.integers(0, 10**6), st.sampled_from([0.3, 1.0, 2.0]), st.sampled_from([0.5, 1.0])
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_sampling_gives_a_path_of_possible_tokens(
     tree: DraftTree, seed: int, temperature: float, top_p: float
 ) -> None:

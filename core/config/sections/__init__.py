@@ -8,7 +8,8 @@ from core.config.sections.data import (
     GenerateConfig,
     RuleName,
 )
-from core.config.sections.decoding import BenchmarkConfig, DecodeConfig, EvalConfig, ServeConfig
+from core.config.sections.decoding import BenchmarkConfig, DecodeConfig, ServeConfig
+from core.config.sections.evaluation import EvalConfig
 from core.config.sections.finetuning import FinetuneConfig, check_finetuning
 from core.config.sections.models import ConvertConfig, ExportConfig, TargetConfig, TemplateName
 from core.config.sections.training import TrackingConfig, TrainConfig

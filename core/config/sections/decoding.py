@@ -1,4 +1,4 @@
-"""The speculative decoder: how it decodes, how it is measured and served."""
+"""The speculative decoder: how it decodes, what is measured side by side, how it is served."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from pydantic import Field, model_validator
 
 from core.config.base import Section, field, setting
 
-TreeSize = Annotated[int, Field(ge=1)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -88,37 +87,6 @@ class DecodeConfig(Section):
         return self
 
 
-class EvalConfig(Section):
-    """What evaluate_draft measures."""
-
-    prompts: str | tuple[str, ...] | None = setting(
-        None,
-        "prompts, or a list of such files: JSONL of id, task, messages; of question_id, category, "
-        "turns (MT-bench, Spec-Bench); or of plain prompts",
-    )
-    max_prompts: int | None = field(
-        None, "take at most so many prompts, spread over tasks; null takes all", ge=1
-    )
-    turns: int | None = field(
-        None,
-        "turns asked of a prompt that has several, each on top of the target's own answers; null "
-        "asks all",
-        ge=1,
-    )
-    max_new_tokens: int = field(64, "tokens generated a prompt", ge=1)
-    fixed_total_tokens: tuple[TreeSize, ...] = field(
-        (60,), "tree sizes measured beside decode.total_tokens"
-    )
-    untrained_prompts: int = field(
-        4, "prompts on which an untrained head's accepted length is measured", ge=0
-    )
-    hf_generate_prompts: int = field(
-        4, "prompts on which HF generate is timed as a second baseline", ge=0
-    )
-    cpus: float = field(2.0, "CPUs of the evaluating process; also its threads", gt=0)
-    gpus: float = field(0.0, "GPUs of the evaluating process", ge=0)
-
-
 class BenchmarkConfig(Section):
     """What is measured side by side."""
 
@@ -152,7 +120,24 @@ class ServeConfig(Section):
     api_keys_env: str | None = setting(
         None, "environment variable of the starting process with keys, separated by commas"
     )
+    admin_keys: tuple[Sha256, ...] = setting(
+        (), "SHA-256 of the keys for /admin, which nobody else may call; none closes it"
+    )
+    admin_keys_env: str | None = setting(
+        None, "environment variable of the starting process with keys for /admin"
+    )
+    canary_rounds: int = setting(
+        500, "rounds that a draft head on trial and the one in use must have to be compared", ge=1
+    )
+    canary_gain: float = setting(
+        0.0,
+        "share by which the trial's accepted length must be longer; below 0 it may be shorter",
+        gt=-1,
+    )
     max_request_bytes: int = setting(1_000_000, "longest body of a request", ge=1024)
+    retries: int = setting(
+        3, "other replicas that a request is asked of when the one that answers it dies", ge=0
+    )
     deadline_s: float = setting(
         600.0, "seconds after which an answer is given up, its waiting included", gt=0
     )

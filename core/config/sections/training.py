@@ -52,9 +52,9 @@ class TrainConfig(Section):
         False, "compute activations again in the backward pass: less memory, more time"
     )
     max_length: int = field(512, "longest training sequence, in tokens; longer ones are cut", ge=8)
-    lr: float = field(3e-5, "peak learning rate of AdamW", gt=0)
-    betas: tuple[Beta, Beta] = field((0.9, 0.95), "AdamW's betas")
-    weight_decay: float = field(0.0, "AdamW's weight decay", ge=0)
+    lr: float = field(3e-5, "peak learning rate", gt=0)
+    betas: tuple[Beta, Beta] = field((0.9, 0.95), "betas of AdamW or Lion")
+    weight_decay: float = field(0.0, "weight decay; in fine-tuning of matrices alone", ge=0)
     warmup_steps: int = field(2000, "steps of linear warm-up", ge=0)
     schedule: Literal["cosine", "constant"] = field("cosine", "learning rate after warm-up")
     clip: float = field(0.5, "largest gradient norm", gt=0)
@@ -67,7 +67,7 @@ class TrainConfig(Section):
     )
     epochs: int = field(20, "passes over the training data", ge=1)
     max_steps: int | None = field(None, "stop after so many optimizer steps", ge=1)
-    eval_every: int = field(200, "steps between evaluations on held-out features", ge=1)
+    eval_every: int = field(200, "steps between evaluations on held-out data", ge=1)
     accepted_depth: int = field(
         5, "tokens drafted ahead where evaluations simulate the accepted length", ge=1, le=16
     )
@@ -76,12 +76,12 @@ class TrainConfig(Section):
     )
     keep: Literal["best", "last"] = field(
         "best",
-        "the head that is saved: of the evaluation with the largest accepted length, or of the "
-        "last step; without held-out features it is the last one's",
+        "what is saved: of the evaluation with the largest accepted length (a fine-tuned target's: "
+        "with the least loss), or of the last step; without held-out data it is the last one's",
     )
     checkpoint_every: int = field(100, "steps between checkpoints", ge=1)
     keep_checkpoints: int = setting(
-        2, "latest checkpoints that are kept; each has the best head so far with it", ge=1
+        2, "latest checkpoints that are kept; each has the best weights so far with it", ge=1
     )
     max_failures: int = setting(3, "lost workers that are survived; -1 for any number", ge=-1)
     seed: int = field(0, "seed of initialization, data order and noise")

@@ -1,0 +1,246 @@
+"""Fine-tuning by two workers against a plain loop in one process, for every architecture."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM
+
+from core.config import Config
+from core.data.example_dataset import ExampleDataset
+from core.tracking import read_metrics
+from core.train.finetune import FinetuneTask, finetune, prepare_finetuning
+from core.train.schedule import learning_rate
+from tests.folder_host import FolderHost
+from tests.tiny_targets import save_tiny, write_tiny_examples
+from tests.two_workers import TwoWorkers
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("process_group")]
+
+CPU = torch.device("cpu")
+PARALLELISM = ("ddp", "zero1", "zero2", "zero3")
+MODELS = (
+    ("llama", True),
+    ("llama", False),
+    ("bloom", True),
+    ("mixtral", False),
+    ("qwen3", False),
+    ("gpt2", True),
+    ("gpt2", False),
+)
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoWorkers]:
+    with TwoWorkers(tmp_path_factory.mktemp("pair")) as workers:
+        yield workers
+
+
+@pytest.fixture(scope="module")
+def examples(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_examples(
+        tmp_path_factory.mktemp("data") / "examples", examples=26, held_out=5
+    )
+
+
+def _task(target: Path, examples: Path, *, packing: bool = True, **settings: Any) -> FinetuneTask:
+    train = {
+        "num_workers": 2,
+        "global_batch_size": 8,
+        "micro_batch_size": 3,
+        "max_length": 20,
+        "lr": 5e-3,
+        "weight_decay": 0.1,
+        "warmup_steps": 2,
+        "epochs": 2,
+        "clip": 0.5,
+        "eval_every": 100,
+        "checkpoint_every": 100,
+        "keep": "last",
+        **{name: value for name, value in settings.items() if name != "finetune"},
+    }
+    config = Config.model_validate(
+        {
+            "train": train,
+            "finetune": {"packing": packing, "rank": 4, **settings.get("finetune", {})},
+            "tracking": {"wandb": "disabled"},
+        }
+    )
+    return prepare_finetuning(config, str(target), examples)
+
+
+def plain(task: FinetuneTask) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Losses of all steps and the last weights: one sequence at a time, by HF and torch alone."""
+    train = task.config.train
+    model = AutoModelForCausalLM.from_pretrained(task.target, dtype=torch.float32).train()
+    named = dict(model.named_parameters())
+    groups = [
+        {"params": [p for p in named.values() if p.ndim > 1], "weight_decay": train.weight_decay},
+        {"params": [p for p in named.values() if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, betas=train.betas)
+    source, losses = ExampleDataset(task.examples, "train"), []
+    for step in range(task.order.total_steps):
+        total, loss = 0, torch.zeros(())
+        for row in task.order.global_batch(step):
+            example = source[int(task.training.indices_N[row])]
+            ids_T = torch.from_numpy(example.input_ids_T[: train.max_length].astype("int64"))
+            mask_T = torch.from_numpy(example.loss_mask_T[: train.max_length].astype(bool))
+            logits_TV = model(ids_T[None]).logits[0]
+            picked = mask_T[1:]
+            loss = loss + F.cross_entropy(
+                logits_TV[:-1][picked], ids_T[1:][picked], reduction="sum"
+            )
+            total += int(picked.sum())
+        optimizer.zero_grad()
+        (loss / total).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), train.clip)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, task.order.total_steps, train)
+        optimizer.step()
+        losses.append(float(loss.detach()) / total)
+    return losses, {name: p.detach() for name, p in named.items()}
+
+
+def run(
+    rank: int, task: FinetuneTask, output: Path, kept: Path, stop_after: int | None = None
+) -> dict[str, Any] | None:
+    """A run, from the last checkpoint if there is one; None if it was stopped."""
+    import core.train.loop
+
+    core.train.loop.LOG_EVERY = 1
+    host = FolderHost(kept, stop_after, rank, torch.distributed.get_world_size())
+    try:
+        return finetune(task, output, "run", host, CPU)
+    except KeyboardInterrupt:
+        return None
+
+
+def _decided(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """Without the biases of keys: softmax does not see them, so that their gradient is rounding
+    alone, of which AdamW makes steps of full size."""
+    if name.endswith("c_attn.bias"):
+        query, _, value = tensor.chunk(3)
+        return torch.cat((query, value))
+    if name.endswith("query_key_value.bias"):
+        return tensor.view(4, 3, -1)[:, [0, 2]]
+    return tensor
+
+
+@pytest.mark.parametrize(("architecture", "tied"), MODELS)
+def test_two_workers_train_what_a_plain_loop_trains(
+    pair: TwoWorkers, examples: Path, tmp_path: Path, architecture: str, tied: bool
+) -> None:
+    """The loss of every step and all last weights; both differ by rounding of float32 alone."""
+    target = save_tiny(tmp_path / "target", architecture, tied=tied)
+    packing = architecture != "bloom"
+    losses, wanted = plain(_task(target, examples, packing=packing))
+    assert losses[-1] < losses[0]
+    before = load_file(target / "model.safetensors")
+    for parallelism in PARALLELISM:
+        task = _task(target, examples, packing=packing, parallelism=parallelism)
+        output = tmp_path / parallelism
+        figures, _ = pair(run, task, output, output / "kept")
+        found = [r["loss"] for r in read_metrics(output) if "loss" in r]
+        assert found == pytest.approx(losses, rel=1e-4), parallelism
+        assert figures["steps"] == len(losses)
+        model = AutoModelForCausalLM.from_pretrained(output / "model", dtype=torch.float32)
+        trained = dict(model.named_parameters())
+        assert trained.keys() == wanted.keys()
+        for name, tensor in wanted.items():
+            found_part, wanted_part = _decided(name, trained[name].detach()), _decided(name, tensor)
+            torch.testing.assert_close(
+                found_part, wanted_part, rtol=1e-3, atol=2e-4, msg=f"{parallelism} {name}"
+            )
+        changed = {n for n, t in before.items() if n in trained and not torch.equal(trained[n], t)}
+        assert changed == before.keys() & trained.keys()
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora", "int8_lora"])
+def test_two_workers_train_adapters_as_one_does(
+    pair: TwoWorkers, examples: Path, tmp_path: Path, method: str
+) -> None:
+    target = save_tiny(tmp_path / "target", "llama", hidden_size=64, head_dim=16)
+    settings: dict[str, Any] = {"finetune": {"method": method}, "lr": 0.02}
+    alone = run(
+        0,
+        _task(target, examples, parallelism="ddp", num_workers=1, **settings),
+        tmp_path / "alone",
+        tmp_path / "alone" / "kept",
+    )
+    assert alone is not None
+    assert alone["final_loss"] < alone["initial_loss"]
+    losses = [r["loss"] for r in read_metrics(tmp_path / "alone") if "loss" in r]
+    wanted = load_file(tmp_path / "alone" / "adapter" / "adapter_model.safetensors")
+    assert all(bool((tensor != 0).any()) for tensor in wanted.values())
+    for parallelism in ("ddp", "zero2", *(["zero3"] if method == "lora" else [])):
+        output = tmp_path / parallelism
+        recomputes = parallelism != "ddp"
+        task = _task(
+            target,
+            examples,
+            parallelism=parallelism,
+            gradient_checkpointing=recomputes,
+            **settings,
+        )
+        pair(run, task, output, output / "kept")
+        # int8 rounds what enters a layer: a difference in the last digit may become a step.
+        rel = 0.02 if method == "int8_lora" else 1e-3
+        found = [r["loss"] for r in read_metrics(output) if "loss" in r]
+        assert found == pytest.approx(losses, rel=rel), parallelism
+
+
+@pytest.mark.parametrize(
+    ("method", "parallelism", "optimizer"),
+    [("full", "zero2", "adamw"), ("full", "zero3", "lion"), ("qlora", "zero1", "adamw")],
+)
+def test_a_stopped_run_goes_on_with_another_number_of_workers(
+    pair: TwoWorkers,
+    examples: Path,
+    tmp_path: Path,
+    method: str,
+    parallelism: str,
+    optimizer: str,
+) -> None:
+    target = save_tiny(tmp_path / "target", "llama")
+    settings: dict[str, Any] = {
+        "parallelism": parallelism,
+        "checkpoint_every": 2,
+        "keep": "best",
+        "lr": 1e-3,
+        "finetune": {"method": method, "optimizer": optimizer},
+    }
+    two, one = (_task(target, examples, num_workers=n, **settings) for n in (2, 1))
+    whole = tmp_path / "whole"
+    undisturbed, _ = pair(run, two, whole, whole / "kept")
+    for name, second in (("same", two), ("fewer", one)):
+        output = tmp_path / name
+        assert pair(run, two, output, output / "kept", 2) == [None, None]
+        if second is two:
+            figures, _ = pair(run, second, output, output / "kept")
+        else:
+            figures = run(0, second, output, output / "kept")
+        timed = ("time", "tokens_per_second")
+        curves = [
+            [{k: v for k, v in r.items() if k not in timed} for r in read_metrics(folder)]
+            for folder in (output, whole)
+        ]
+        file = (
+            "adapter/adapter_model.safetensors" if method == "qlora" else "model/model.safetensors"
+        )
+        found, wanted = load_file(output / file), load_file(whole / file)
+        if second is two:
+            assert curves[0] == curves[1]
+            assert figures["held_out_loss"] == undisturbed["held_out_loss"]
+            assert all(torch.equal(found[n], wanted[n]) for n in wanted)
+        else:
+            for record, undone in zip(*curves, strict=True):
+                for key, value in undone.items():
+                    # Lion's steps have one size, so that rounding may turn some of them.
+                    assert record[key] == pytest.approx(value, rel=2e-2), key
