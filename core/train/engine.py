@@ -254,6 +254,11 @@ def build_engine(trainee: Trainee, config: TrainConfig, device: torch.device) ->
         from core.train.ddp_engine import DdpEngine
 
         return DdpEngine(trainee, config, device)
+    if config.parallelism == "pipeline":
+        from core.train.pipeline_engine import PipelineEngine, StagedTrainee
+
+        assert isinstance(trainee, StagedTrainee), "refused before"
+        return PipelineEngine(trainee, config)
     from core.train.deepspeed_engine import DeepSpeedEngine
 
     return DeepSpeedEngine(trainee, config, device)

@@ -30,12 +30,14 @@ from core.models.adapters import (
     merge_adapters,
     save_adapters,
 )
+from core.models.stages import ModelStages
 from core.models.target import load_tokenizer, target_fingerprint, target_folder
 from core.provenance import git_revision, versions
 from core.train.causal import CausalBatches, CausalTrainee
 from core.train.engine import FILE, build_engine
 from core.train.loop import BEST, Host, TrainingLoop
 from core.train.order import TOKENS_AHEAD, Selection, TrainingOrder, select_examples
+from core.train.pipeline_engine import StagedTrainee, stage_bounds
 from core.train.state import TrainState
 from core.train.task import HELD_OUT, TRAIN, log_opener
 
@@ -81,6 +83,8 @@ class FinetuneTask:
         train, finetune = self.config.train, self.config.finetune
         dtype: torch.dtype = getattr(torch, train.dtype)
         folder = target_folder(self.target)
+        if train.parallelism == "pipeline":
+            return StagedTrainee(ModelStages(folder, dtype=dtype, device=device), finetune)
         model = load_for_training(folder, finetune, dtype, device, train.seed)
         return CausalTrainee(model, finetune)
 
@@ -104,7 +108,8 @@ def prepare_finetuning(config: Config, target: str, examples: Path) -> FinetuneT
         MismatchError: the examples were made with another tokenizer.
         InputError: no examples, or nothing supervised in them.
         ConfigError: fewer sequences than a global batch, sequences longer than the target takes,
-            adapters for no layer, or packing for a model without position ids.
+            adapters for no layer, packing for a model without position ids, or a pipeline that
+            does not divide the model.
     """
     folder = target_folder(target)
     shards = example_shards(examples, TRAIN)
@@ -115,6 +120,9 @@ def prepare_finetuning(config: Config, target: str, examples: Path) -> FinetuneT
             f"data.examples={examples} was made with another tokenizer than that of "
             f"target.path={config.target.path}; run prepare_data with this target"
         )
+    if config.train.parallelism == "pipeline":
+        dtype = getattr(torch, config.train.dtype)
+        stage_bounds(ModelStages(folder, dtype=dtype), config.train)
     parameters, trained = count_trained(folder, config.finetune)
     longest = config.train.max_length
     selections = {

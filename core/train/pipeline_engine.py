@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from core.config import FinetuneConfig, TrainConfig
 from core.errors import ConfigError, InputError
-from core.models.partition import Topology, check_parts
+from core.models.partition import Topology, balance, check_parts
 from core.models.stage_saving import StageWriter
 from core.models.stages import ModelStages
 from core.train.causal import CausalBatch, CausalTrainee
@@ -80,29 +80,25 @@ class PipelineEngine(TrainingEngine):
 
     module: StagedTrainee
 
-    def __init__(
-        self, trainee: StagedTrainee, config: TrainConfig, topology: Topology, parts: Sequence[int]
-    ) -> None:
+    def __init__(self, trainee: StagedTrainee, config: TrainConfig) -> None:
         """Load this worker's stage.
 
         Args:
             trainee: the model.
-            config: how it is trained.
-            topology: of as many workers as there are.
-            parts: blocks of each stage (`core.models.partition`).
+            config: how it is trained, in how many stages, and their parts.
         Raises:
-            ConfigError: parts that do not fit, or float16 on CPU.
+            ConfigError: parts or stages that do not fit, or float16 on CPU.
             InputError: the model's weights cannot be read.
         """
         stages = self.stages = trainee.stages
-        bounds = stages.spec_bounds(check_parts(parts, stages.num_layers, topology.pipe))
+        topology = Topology.of(config.pipeline_stages, torch.distributed.get_world_size())
+        bounds = stages.spec_bounds(stage_bounds(stages, config))
         if stages.dtype == torch.float16 and stages.device.type == "cpu":
             raise ConfigError(
                 "train.dtype=float16 on CPU: DeepSpeed has no float16 there; set "
                 "train.dtype=bfloat16, which needs no loss scaling"
             )
         super().__init__(trainee, config)
-        assert topology.pipe * topology.data == self.world_size
         self.topology = topology
         self.data_rank, self.data_size = topology.data_rank_of(self.rank), topology.data
         self._loss, self._pending = stages.loss(), list[CausalBatch]()
@@ -310,6 +306,24 @@ class PipelineEngine(TrainingEngine):
     def _load_scaler(self, state: dict[str, Any]) -> None:
         for name, value in state.items():
             setattr(self._zero.loss_scaler, name, value)
+
+
+def stage_bounds(stages: ModelStages, config: TrainConfig) -> list[int]:
+    """Bounds of the stages in blocks: as `train.parts` says, or balanced.
+
+    Raises:
+        ConfigError: no parts of this model, or more stages than it has blocks.
+    """
+    parts = list(config.parts) or balance(
+        stages.costs(
+            rows=config.micro_batch_size,
+            tokens=config.max_length,
+            recompute=config.gradient_checkpointing,
+        ),
+        config.pipeline_stages,
+        tied_bytes=stages.tied_bytes(),
+    )
+    return check_parts(parts, stages.num_layers, config.pipeline_stages)
 
 
 def _as_deepspeed_wants(batch: CausalBatch) -> tuple[tuple[Tensor, Tensor], Tensor]:

@@ -137,6 +137,11 @@ def prepare(
         ConfigError: fewer sequences than a global batch, settings that exclude each other, or
             features without the layers that the head reads.
     """
+    if config.train.parallelism == "pipeline":
+        raise ConfigError(
+            "train.parallelism=pipeline divides a target's layers, and a draft head has too few; "
+            "choose ddp or zero1"
+        )
     folder = target_folder(target)
     fingerprint = target_fingerprint(folder)
 

@@ -18,14 +18,17 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
-from core.config import FinetuneConfig, TrainConfig
+from core.config import Config, FinetuneConfig, TrainConfig
 from core.data.examples import Example
 from core.errors import ConfigError, InputError
-from core.models.partition import Topology
 from core.models.stages import ModelStages
+from core.tracking import read_metrics
 from core.train.causal import UNSUPERVISED, CausalBatch, collate
 from core.train.engine import FILE
+from core.train.finetune import finetune, prepare_finetuning
 from core.train.pipeline_engine import PipelineEngine, StagedTrainee
+from tests import tiny_targets
+from tests.folder_host import FolderHost
 from tests.tiny_models import TINY_CONFIGS, save_tiny
 from tests.two_workers import FourWorkers, TwoWorkers
 
@@ -90,10 +93,15 @@ def open_engine(
     parts: list[int] | None = None,
     **settings: Any,
 ) -> PipelineEngine:
-    topology = Topology.of(pipe, torch.distributed.get_world_size())
-    config = TrainConfig(clip=CLIP, num_workers=1, **settings)
-    trainee = Staged(ModelStages(folder, dtype=dtype), FinetuneConfig())
-    return PipelineEngine(trainee, config, topology, parts or PARTS[pipe])
+    config = TrainConfig(
+        clip=CLIP,
+        num_workers=pipe,
+        pipeline_stages=pipe,
+        parts=tuple(parts or PARTS[pipe]),
+        parallelism="pipeline",
+        **settings,
+    )
+    return PipelineEngine(Staged(ModelStages(folder, dtype=dtype), FinetuneConfig()), config)
 
 
 def train(
@@ -233,6 +241,37 @@ def plain_half(
                 "exp_avg_sq": tensors[f"exp_avg_sq/{name}"].clone(),
             }
     return plain_steps(model, optimizer, STEPS // 2, STEPS)
+
+
+def finetuned(rank: int, target: Path, data: Path, output: Path, kept: Path, **train: Any) -> Any:
+    """A run of fine-tuning on this worker: its figures; None if it was stopped at step 4."""
+    stop_after = train.pop("stop_after", None)
+    settings = {
+        "global_batch_size": 6,
+        "micro_batch_size": 2,
+        "max_length": 20,
+        "lr": 3e-3,
+        "warmup_steps": 2,
+        "epochs": 2,
+        "eval_every": 3,
+        "checkpoint_every": 4,
+        "ema": 0.5,
+        **train,
+    }
+    config = Config().replace(train=settings, tracking={"wandb": "disabled"})
+    task = prepare_finetuning(config, str(target), data)
+    host = FolderHost(kept, stop_after, rank, torch.distributed.get_world_size())
+    try:
+        return finetune(task, output, "run", host, torch.device("cpu"))
+    except KeyboardInterrupt:
+        return None
+
+
+def finetuned_staged(rank: int, target: Path, data: Path, output: Path, kept: Path) -> Any:
+    """In two stages, stopped after some steps."""
+    return finetuned(
+        rank, target, data, output, kept, parallelism="pipeline", num_workers=2, stop_after=4
+    )
 
 
 @pytest.fixture(scope="module")
@@ -398,3 +437,25 @@ def test_bad_parts_and_float16_on_cpu_are_refused_before_anything_loads(tmp_path
         open_engine(folder, 2)
     with pytest.raises(ConfigError, match="float16 on CPU"):
         open_engine(folder, 1, dtype=torch.float16)
+
+
+def test_fine_tuning_goes_from_a_pipeline_to_one_process(pair: TwoWorkers, tmp_path: Path) -> None:
+    """The loop, its data, evaluation and moving average, against `ddp` from the first step on."""
+    target = tiny_targets.save_tiny(tmp_path / "model", "llama", tied=True)
+    data = tiny_targets.write_tiny_examples(tmp_path / "data", examples=24, held_out=5)
+    ddp = {"parallelism": "ddp", "num_workers": 1}
+    wanted = finetuned(0, target, data, tmp_path / "ddp", tmp_path / "ddp" / "kept", **ddp)
+    kept = tmp_path / "staged" / "kept"
+    assert pair(finetuned_staged, target, data, tmp_path / "staged", kept) == [None, None]
+    found = finetuned(0, target, data, tmp_path / "staged", kept, **ddp)
+    assert found["steps"] == wanted["steps"] == 8
+    curves = [read_metrics(tmp_path / name) for name in ("staged", "ddp")]
+    names = ("loss", "top1", "grad_norm", "held_out_loss", "held_out_top1")
+    shared = [[[r[n] for n in names if n in r] for r in curve] for curve in curves]
+    assert len(shared[0]) > 4
+    # AdamW with its usual epsilon here.
+    assert [pytest.approx(values, rel=1e-4) for values in shared[1]] == shared[0]
+    folders = (tmp_path / name / "model" / "model.safetensors" for name in ("staged", "ddp"))
+    ours, others = map(load_file, folders)
+    for key, tensor in others.items():
+        torch.testing.assert_close(ours[key], tensor, rtol=1e-3, atol=1e-4, msg=key)

@@ -84,6 +84,21 @@ def test_an_override_is_yaml(override: str, section: str, key: str, value: Any) 
             "norms and output head, which stay in float32, to bfloat16; choose",
         ),
         (("train.parallelism=zero2", "train.dtype=float16"), "DeepSpeed has no float16 on CPU"),
+        (("train.parallelism=pipeline", "train.dtype=float16"), "DeepSpeed has no float16 on CPU"),
+        (
+            ("finetune.method=lora", "train.parallelism=pipeline"),
+            "finetune.method=lora with train.parallelism=pipeline: a pipeline trains all weights; "
+            "choose train.parallelism=zero1 or ddp",
+        ),
+        (
+            ("train.parallelism=pipeline", "train.num_workers=4", "train.pipeline_stages=3"),
+            "train.num_workers=4 is not a multiple of train.pipeline_stages=3",
+        ),
+        (
+            ("train.parallelism=pipeline", "train.num_workers=6", "train.global_batch_size=16"),
+            "train.global_batch_size=16 is not a multiple of train.num_workers=6 / "
+            "train.pipeline_stages=2",
+        ),
     ],
 )
 def test_ways_of_finetuning_that_cannot_work(overrides: tuple[str, ...], said: str) -> None:
@@ -96,9 +111,13 @@ def test_ways_of_finetuning_that_work() -> None:
         ("int8_lora", "ddp", "bfloat16"),
         ("int8_lora", "zero1", "float32"),
         ("lora", "zero3", "bfloat16"),
+        ("full", "pipeline", "bfloat16"),
     ):
         overrides = [f"finetune.method={method}", f"train.parallelism={parallelism}"]
         assert load_config(None, [*overrides, f"train.dtype={dtype}"]).finetune.method == method
+    # Both workers of a pipeline of two stages see all of a batch.
+    odd = ["train.parallelism=pipeline", "train.num_workers=2", "train.global_batch_size=9"]
+    assert load_config(None, odd).train.global_batch_size == 9
 
 
 @pytest.mark.parametrize(

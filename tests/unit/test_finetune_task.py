@@ -124,6 +124,23 @@ def test_rotary_frequencies_stay_exact_in_bfloat16(
     assert engine.step(1e-3) > 0
 
 
+def test_a_pipeline_that_does_not_divide_the_model_is_refused(
+    examples: Path, tmp_path: Path
+) -> None:
+    """By its config and the model's, before any worker starts."""
+    target = save_tiny(tmp_path / "model", "llama")
+    pipeline = {"parallelism": "pipeline", "num_workers": 2}
+    task = _task(target, examples, **pipeline, parts=(1, 3))
+    assert task.trained_parameters == task.parameters
+    for settings, said in (
+        ({"parts": (2, 3)}, "adds up to 5, the model has 4 blocks"),
+        ({"parts": (4,)}, "names 1 stages, train.pipeline_stages=2"),
+        ({"pipeline_stages": 5, "num_workers": 5}, "the model has only 4 blocks"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            _task(target, examples, **{**pipeline, **settings})
+
+
 @pytest.mark.usefixtures("process_group")
 def test_a_run_leaves_a_model_that_is_better_and_says_so(
     target: Path, examples: Path, tmp_path: Path

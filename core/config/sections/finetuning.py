@@ -42,6 +42,11 @@ def check_finetuning(finetune: FinetuneConfig, train: TrainConfig) -> None:
     """
     where = f"finetune.method={finetune.method} with train.parallelism={train.parallelism}"
     quantized = finetune.method in ("qlora", "int8_lora")
+    if finetune.method != "full" and train.parallelism == "pipeline":
+        raise ValueError(
+            f"{where}: a pipeline trains all weights; choose train.parallelism=zero1 or ddp, or "
+            "finetune.method=full"
+        )
     if quantized and train.parallelism == "zero3":
         raise ValueError(
             f"{where}: ZeRO-3 cannot divide quantized weights among workers; choose "

@@ -14,10 +14,22 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 class TrainConfig(Section):
     """How a model is trained."""
 
-    parallelism: Literal["ddp", "zero0", "zero1", "zero2", "zero3"] = field(
+    parallelism: Literal["ddp", "zero0", "zero1", "zero2", "zero3", "pipeline"] = field(
         "zero1",
         "what workers divide: DeepSpeed's ZeRO stage (1 the optimizer's state, 2 gradients too, 3 "
-        "weights too), or ddp: nothing, by torch alone",
+        "weights too), ddp: nothing, by torch alone, or pipeline: the target's layers "
+        "(finetune_target), and the optimizer's state among the workers of a stage",
+    )
+    pipeline_stages: int = setting(
+        2,
+        "parts of a pipeline; num_workers is a multiple of it, and that many workers of each stage "
+        "share the batch",
+        ge=1,
+    )
+    parts: tuple[int, ...] = setting(
+        (),
+        "blocks of each stage of a pipeline, the embedding and the head counting as one each; "
+        "empty to have them balanced by what they cost",
     )
     dtype: Literal["float32", "bfloat16", "float16"] = field(
         "float32", "dtype of the computation; float16 scales the loss, and wants GPUs or ddp"
@@ -76,10 +88,19 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _batch_divides(self) -> TrainConfig:
-        if self.global_batch_size % self.num_workers:
+        shares, named = self.num_workers, f"train.num_workers={self.num_workers}"
+        if self.parallelism == "pipeline":
+            if self.num_workers % self.pipeline_stages:
+                raise ValueError(
+                    f"{named} is not a multiple of train.pipeline_stages={self.pipeline_stages}; "
+                    "change one of them"
+                )
+            shares //= self.pipeline_stages
+            named += f" / train.pipeline_stages={self.pipeline_stages}"
+        if self.global_batch_size % shares:
             raise ValueError(
                 f"train.global_batch_size={self.global_batch_size} is not a multiple of "
-                f"train.num_workers={self.num_workers}; change one of them"
+                f"{named}; change one of them"
             )
         return self
 
