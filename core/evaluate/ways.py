@@ -106,7 +106,7 @@ class Ways:
         self.settings: EvalConfig = config.eval
         self.sampling = SamplingSettings.of(config.decode)
         decoder = loaded.decoder
-        self.fixed = [DecoderWay(name, decoder, plan) for name, plan in fixed_plans(config).items()]
+        self.fixed = _fixed(config, decoder)
         self.aeries = [
             DecoderWay(BASELINE, decoder, PLAIN),
             DecoderWay(CHOSEN, decoder, None),
@@ -158,6 +158,14 @@ class Ways:
     def plans(self) -> set[TreePlan]:
         """All trees that need room beside prompt and answer."""
         return {way.plan or way.decoder.plan for way in self.aeries}
+
+
+def _fixed(config: Config, decoder: SpeculativeDecoder) -> list[DecoderWay]:
+    if decoder.policy is not None:
+        # A policy learns from every tree that its decoder verifies: not from these, whose prompts
+        # are those that it is measured on.
+        decoder = SpeculativeDecoder(decoder.target, decoder.head, config.decode)
+    return [DecoderWay(name, decoder, plan) for name, plan in fixed_plans(config).items()]
 
 
 def _with_and_without_copies(config: Config, decoder: SpeculativeDecoder) -> list[DecoderWay]:

@@ -214,6 +214,7 @@ def test_the_policy_has_its_say_in_the_chosen_trees_alone(config: Config) -> Non
     assert session.calibration is not None
     policies = {way.name: way.decoder.policy for way in session.ways.aeries}
     assert policies[CHOSEN] is not None and policies[COPIES_ALONE] is None
+    assert policies["tree_12"] is None
     # Each learns from its own rounds.
     assert policies[WITHOUT_COPIES] not in (None, policies[CHOSEN])
     session.check_prompts([_prompt("a", "x")])
