@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from core.models.packed import PackedLinear
+from core.models.packed import PackedLinear, PartLinear
 from core.models.target import Target
 
 BUFFER_BYTES = 2**29
@@ -37,7 +37,7 @@ def weight_bytes(model: nn.Module) -> int:
     """Of all linear layers, the output head among them; an embedding's row is next to nothing."""
     total = 0
     for module in model.modules():
-        if isinstance(module, PackedLinear):
+        if isinstance(module, (PackedLinear, PartLinear)):
             total += module.in_features * module.out_features * module.dtype.itemsize
         elif isinstance(module, nn.Linear):
             total += module.weight.nbytes
