@@ -9,6 +9,11 @@ from typing import Any
 
 from core.config import Config
 from core.provenance import RunFolder
+from core.runtime.decoding_benchmark import (
+    benchmark_decoding,
+    decoding_inputs,
+    decoding_resources,
+)
 from core.runtime.extraction import extraction_inputs, extraction_resources
 from core.runtime.extraction_benchmark import benchmark_extraction
 from core.runtime.resources import Resources
@@ -27,6 +32,9 @@ class Benchmark:
 
 
 BENCHMARKS = {
+    "decoding": Benchmark(
+        ("benchmark", "target", "eval"), decoding_inputs, decoding_resources, benchmark_decoding
+    ),
     "extraction": Benchmark(
         ("benchmark", "target", "features"),
         extraction_inputs,

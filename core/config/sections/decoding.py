@@ -90,11 +90,12 @@ class DecodeConfig(Section):
 class BenchmarkConfig(Section):
     """What is measured side by side."""
 
-    name: Literal["extraction", "training"] = field(
+    name: Literal["extraction", "training", "decoding"] = field(
         "extraction",
         "extraction: features the reference way (batch 1, one file a sample), by the bare loop, "
         "and by the Ray pipeline; training: a head by EAGLE's step (padded batches, the whole "
-        "vocabulary at every position) and by Aerie's",
+        "vocabulary at every position) and by Aerie's; decoding: passes of a few tokens and plain "
+        "decoding, beside the model's own forward and transformers' generate",
     )
     repeats: int = field(3, "times that every way is run, in turn", ge=1)
     max_tokens: int = field(40000, "tokens that a way goes through in a repeat", ge=256)
