@@ -110,7 +110,9 @@ def evaluate_draft(config: Config, folder: RunFolder) -> Mapping[str, Any]:
         about = evaluators.about
         write_atomically(about_file, json.dumps(about).encode())
         if about["calibration"]:
-            say(STAGE, f"one request alone: {about['chosen']['total_tokens']} nodes promise most")
+            nodes = about["chosen"]["total_tokens"]
+            promising = f"trees of {nodes} nodes" if nodes > 1 else "no drafts"
+            say(STAGE, f"for one request at a time, {promising} promise most")
         if work:
             total = len(names) * len(temperatures)
             collect_answers(evaluators.answer(work), total, outputs, results)
