@@ -29,7 +29,7 @@ CHECKPOINT_EVERY = 10
 PATIENCE_SECONDS = 240
 
 
-def _config(output: Path, **finetune: Any) -> Config:
+def _config(output: Path, steps: int = 60, **finetune: Any) -> Config:
     return Config().replace(
         output=str(output),
         convert={"source": "tiny-random", "dtype": "float32"},
@@ -48,8 +48,8 @@ def _config(output: Path, **finetune: Any) -> Config:
             "micro_batch_size": 2,
             "lr": 0.003,
             "warmup_steps": 5,
-            "epochs": 50,
-            "max_steps": 60,
+            "epochs": steps,
+            "max_steps": steps,
             "eval_every": 20,
             "checkpoint_every": CHECKPOINT_EVERY,
         },
@@ -92,10 +92,12 @@ def _trains(process: psutil.Process) -> bool:
         return False
 
 
+@pytest.mark.soak
 def test_a_killed_worker_changes_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    undisturbed, killed = _config(tmp_path / "undisturbed"), _config(tmp_path / "killed")
+    # So many that the worker is killed long before the end.
+    undisturbed, killed = (_config(tmp_path / name, 240) for name in ("undisturbed", "killed"))
     report = dict(run_stage(JOB, undisturbed))
-    assert report["steps"] == 60 and report["workers"] == 2
+    assert report["steps"] == 240 and report["workers"] == 2
     assert report["final_loss"] <= 0.9 * report["initial_loss"]
     assert report["held_out_loss"] < report["held_out_loss_before"]
     assert report["tokens_per_second"] > 0
