@@ -1,4 +1,4 @@
-"""Drafts that are right with a given probability, of texts whose continuation is known."""
+"""HF's own answers, and drafts of known texts that are right with a given probability."""
 
 from __future__ import annotations
 
@@ -11,8 +11,24 @@ from core.decode.drafting import GrowthRule
 from core.decode.requests import DecodedSequence
 from core.decode.rows import Stretch
 from core.decode.tree import DraftTree, TreePlan
+from core.models.target import Target
 
 Text = tuple[int, ...]
+
+
+def hf_greedy(target: Target, prompt: Sequence[int], count: int, **settings: object) -> Text:
+    """What HF's own `generate` answers at temperature 0."""
+    ids_1T = torch.tensor([list(prompt)])
+    output = target.model.generate(
+        ids_1T,
+        attention_mask=torch.ones_like(ids_1T),
+        max_new_tokens=count,
+        do_sample=False,
+        eos_token_id=sorted(target.eos_token_ids),
+        pad_token_id=0,
+        **settings,
+    )
+    return tuple(output[0, len(prompt) :].tolist())
 
 
 class OracleDrafter:

@@ -36,7 +36,7 @@ from core.draft.vocabulary import DraftVocabulary
 from core.models.target import Target, load_target
 from core.models.tiny import byte_tokenizer
 from core.models.weights import load_embedding, load_output_head
-from tests.oracle import OracleDrafter
+from tests.oracle import OracleDrafter, hf_greedy
 
 COMMON: dict[str, Any] = {
     "vocab_size": 259,
@@ -124,18 +124,9 @@ def test_a_head_is_built_trained_saved_and_lossless(target, kind: str, tmp_path:
     assert head.feature_layers(model.num_layers) == layers
     decoder = SpeculativeDecoder(model, head, DecodeConfig(max_context=128))
     for prompt in PROMPTS:
-        ids_1T = torch.tensor([prompt])
-        wanted = model.model.generate(
-            ids_1T,
-            attention_mask=torch.ones_like(ids_1T),
-            max_new_tokens=NEW_TOKENS,
-            do_sample=False,
-            eos_token_id=sorted(model.eos_token_ids),
-            pad_token_id=0,
-        )
         rounds = decoder.generate(prompt, max_new_tokens=NEW_TOKENS, plan=TreePlan(20, 3, 4))
-        found = [token for done in rounds for token in done.tokens]
-        assert found == wanted[0, len(prompt) :].tolist()
+        found = tuple(token for done in rounds for token in done.tokens)
+        assert found == hf_greedy(model, prompt, NEW_TOKENS)
 
 
 def test_a_batch_of_oracle_drafts_is_lossless(target) -> None:
@@ -143,18 +134,7 @@ def test_a_batch_of_oracle_drafts_is_lossless(target) -> None:
     _, model, _ = target
     prompts = [(1, 40 + number, *range(60, 60 + 7 * number, 3)) for number in range(8)]
     count = 16
-    answers = {}
-    for prompt in prompts:
-        ids_1T = torch.tensor([prompt])
-        output = model.model.generate(
-            ids_1T,
-            attention_mask=torch.ones_like(ids_1T),
-            max_new_tokens=count,
-            do_sample=False,
-            eos_token_id=sorted(model.eos_token_ids),
-            pad_token_id=0,
-        )
-        answers[prompt] = tuple(output[0, len(prompt) :].tolist())
+    answers = {prompt: hf_greedy(model, prompt, count) for prompt in prompts}
     drafter = OracleDrafter(
         {prompt: (*answer, *(3,) * 8) for prompt, answer in answers.items()}, 259, skill=0.7
     )

@@ -19,28 +19,13 @@ from core.draft.base import DraftHead, DraftOutput
 from core.draft.vocabulary import DraftVocabulary
 from core.models.target import Target
 from tests.heads import OracleHead, random_head
+from tests.oracle import hf_greedy
 
 NEW_TOKENS = 12
 # The oracle is told the first token of a prompt, so all begin alike, as chats do.
 PROMPTS = ([1, 40, 41, 99, 7], [1, 250], [1, *range(30, 90, 3)])
 # (depth, top_k): a chain, no expansion at all, narrow and deep, as published.
 SHAPES = ((4, 1), (0, 60), (6, 4), (5, 10))
-
-
-def _hf_greedy(
-    target: Target, prompt: Sequence[int], count: int, **settings: object
-) -> tuple[int, ...]:
-    ids_1T = torch.tensor([list(prompt)])
-    output = target.model.generate(
-        ids_1T,
-        attention_mask=torch.ones_like(ids_1T),
-        max_new_tokens=count,
-        do_sample=False,
-        eos_token_id=sorted(target.eos_token_ids),
-        pad_token_id=0,
-        **settings,
-    )
-    return tuple(output[0, len(prompt) :].tolist())
 
 
 def _tokens(rounds: Sequence[Round]) -> tuple[int, ...]:
@@ -55,13 +40,13 @@ def _decoder(target: Target, head: DraftHead | None, ngram_match: int = 0) -> Sp
 @pytest.fixture(scope="module")
 def expected(tiny_target: Target) -> dict[tuple[int, ...], tuple[int, ...]]:
     """HF's own greedy answers."""
-    return {tuple(p): _hf_greedy(tiny_target, p, NEW_TOKENS) for p in PROMPTS}
+    return {tuple(p): hf_greedy(tiny_target, p, NEW_TOKENS) for p in PROMPTS}
 
 
 @pytest.fixture(scope="module")
 def deep_expected(deep_target: Target) -> dict[tuple[int, ...], tuple[int, ...]]:
     """HF's own greedy answers of the deep target."""
-    return {tuple(p): _hf_greedy(deep_target, p, NEW_TOKENS) for p in PROMPTS}
+    return {tuple(p): hf_greedy(deep_target, p, NEW_TOKENS) for p in PROMPTS}
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +99,7 @@ def test_greedy_output_is_hf_generate_with_copied_drafts(
     bias = dict.fromkeys((30, 31, 32), 100.0)
     decoder = _decoder(tiny_target, oracle if drafts else None, ngram_match=2)
     prompt = PROMPTS[2]
-    wanted = _hf_greedy(
+    wanted = hf_greedy(
         tiny_target, prompt, 40, sequence_bias={(token,): value for token, value in bias.items()}
     )
     accepted = 0
@@ -139,7 +124,7 @@ def test_greedy_output_under_penalties_is_hf_generate(
     decoder = _decoder(tiny_target, oracle, ngram_match=1)
     accepted = 0
     for prompt in PROMPTS:
-        wanted = _hf_greedy(
+        wanted = hf_greedy(
             tiny_target,
             prompt,
             NEW_TOKENS,
@@ -279,7 +264,7 @@ def test_the_targets_end_token_stops(tiny_target: Target, oracle: OracleHead, ex
     decoder = _decoder(stopping, oracle)
     rounds = list(decoder.generate(PROMPTS[0], max_new_tokens=NEW_TOKENS, plan=TreePlan(8, 3, 4)))
     assert _tokens(rounds) == answer[: answer.index(answer[5]) + 1]
-    assert _tokens(rounds) == _hf_greedy(stopping, PROMPTS[0], NEW_TOKENS)
+    assert _tokens(rounds) == hf_greedy(stopping, PROMPTS[0], NEW_TOKENS)
 
 
 def test_a_full_context_is_decoded_to_its_end(
@@ -287,7 +272,7 @@ def test_a_full_context_is_decoded_to_its_end(
 ) -> None:
     """The draft expands more rows than the tree keeps nodes; there must be room for them."""
     prompt = [1, *range(20, 60)]
-    wanted = _hf_greedy(tiny_target, prompt, 20)
+    wanted = hf_greedy(tiny_target, prompt, 20)
     config = DecodeConfig(max_context=len(prompt) + 20 + 6, total_tokens=6, depth=5, top_k=10)
     head = random_head(tiny_target, tiny_target_folder)
     decoder = SpeculativeDecoder(tiny_target, head, config)
