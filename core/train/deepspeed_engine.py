@@ -31,7 +31,21 @@ MASTERS = (
 SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
-class DeepSpeedEngine(TrainingEngine):
+class ScaledEngine(TrainingEngine):
+    """What engines of DeepSpeed share: the loss scaling of the optimizer that it wraps."""
+
+    _zero: Any
+
+    def _scaler_state(self) -> dict[str, Any]:
+        scaler = getattr(self._zero, "loss_scaler", None)
+        return {name: getattr(scaler, name) for name in SCALER_FIELDS if hasattr(scaler, name)}
+
+    def _load_scaler(self, state: dict[str, Any]) -> None:
+        for name, value in state.items():
+            setattr(self._zero.loss_scaler, name, value)
+
+
+class DeepSpeedEngine(ScaledEngine):
     """See `TrainingEngine`."""
 
     def __init__(self, trainee: Trainee, config: TrainConfig, device: torch.device) -> None:
@@ -120,14 +134,6 @@ class DeepSpeedEngine(TrainingEngine):
             self._utils.safe_set_full_fp32_param(parameter, value)
         else:
             self._utils.safe_set_full_optimizer_state(parameter, value, moment)
-
-    def _scaler_state(self) -> dict[str, Any]:
-        scaler = getattr(self._zero, "loss_scaler", None)
-        return {name: getattr(scaler, name) for name in SCALER_FIELDS if hasattr(scaler, name)}
-
-    def _load_scaler(self, state: dict[str, Any]) -> None:
-        for name, value in state.items():
-            setattr(self._zero.loss_scaler, name, value)
 
 
 def deepspeed_config(config: TrainConfig, world_size: int) -> dict[str, Any]:

@@ -36,8 +36,8 @@ from core.models.partition import Topology, balance, check_parts
 from core.models.stage_saving import StageWriter
 from core.models.stages import ModelStages
 from core.train.causal import CausalBatch, CausalTrainee
-from core.train.deepspeed_engine import MASTERS, SCALER_FIELDS, _import_deepspeed
-from core.train.engine import FILE, WEIGHTS, TrainingEngine
+from core.train.deepspeed_engine import MASTERS, ScaledEngine, _import_deepspeed
+from core.train.engine import FILE, WEIGHTS
 from core.train.pipeline_module import PassesAlone, add_up_norms_once, divided, pipeline_config
 
 
@@ -70,7 +70,7 @@ class StagedTrainee(CausalTrainee):
         self.recomputes = True
 
 
-class PipelineEngine(TrainingEngine):
+class PipelineEngine(ScaledEngine):
     """See the module and `TrainingEngine`.
 
     Attributes:
@@ -298,14 +298,6 @@ class PipelineEngine(TrainingEngine):
             self._utils.safe_set_full_fp32_param(parameter, value)
         else:
             self._utils.safe_set_full_optimizer_state(parameter, value, moment)
-
-    def _scaler_state(self) -> dict[str, Any]:
-        scaler = getattr(self._zero, "loss_scaler", None)
-        return {name: getattr(scaler, name) for name in SCALER_FIELDS if hasattr(scaler, name)}
-
-    def _load_scaler(self, state: dict[str, Any]) -> None:
-        for name, value in state.items():
-            setattr(self._zero.loss_scaler, name, value)
 
 
 def stage_bounds(stages: ModelStages, config: TrainConfig) -> list[int]:
