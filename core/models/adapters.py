@@ -10,7 +10,9 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
+import math
 import warnings
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,8 @@ WEIGHTS = "adapter_model.safetensors"
 PEFT_CONFIG = "adapter_config.json"
 # Of peft's name for the one adapter that a model has.
 ADAPTER = ".default"
+# Of the names in a model that peft has wrapped.
+PREFIX = "base_model.model."
 
 
 def load_for_training(
@@ -94,7 +98,7 @@ def save_adapters(
         {name.replace(ADAPTER, ""): tensor.contiguous() for name, tensor in weights.items()},
         folder / WEIGHTS,
     )
-    config = _lora_config(finetune)
+    config = lora_config(finetune)
     config.base_model_name_or_path, config.inference_mode = location, True
     if not finetune.target_modules:
         names = {name.split(".lora_")[0].rsplit(".", 1)[-1] for name in weights}
@@ -174,26 +178,53 @@ def _load(
         placement["device_map"] = {"": device or torch.device("cpu")}
     # transformers takes torch's fused attention where the architecture has it.
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **placement)
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            # The first evaluation would pack the weights for a kernel that knows no gradients.
-            module.support_avx512bf16_for_cpu = False
+    unpack_for_training(model)
     return model
 
 
+def unpack_for_training(model: nn.Module) -> None:
+    """Keep quantized layers from packing their weights, at the first evaluation, for a kernel that
+    knows no gradients.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def draw_adapters(weights: Mapping[str, nn.Parameter], seed: int) -> None:
+    """The adapters' first weights, which depend on seed and name alone.
+
+    So they are the same whoever makes them, and with them the whole run.
+
+    Args:
+        weights: all or some of them, by name.
+        seed: of the random halves; the others are zero.
+    """
+    with torch.random.fork_rng(devices=[]):
+        for name, weight in weights.items():
+            if ".lora_A." in name:
+                torch.manual_seed(zlib.crc32(f"{seed} {name}".encode()))
+                # As peft draws them, but where the same numbers come out on every device.
+                drawn = torch.empty(weight.shape)
+                nn.init.kaiming_uniform_(drawn, a=math.sqrt(5))
+                weight.data.copy_(drawn)
+
+
 def _with_adapters(model: Any, finetune: FinetuneConfig, seed: int) -> nn.Module:
-    with torch.random.fork_rng(devices=[]), _quiet_peft():
-        torch.manual_seed(seed)
+    with _quiet_peft():
         try:
-            return _peft().get_peft_model(model, _lora_config(finetune))
+            adapted: nn.Module = _peft().get_peft_model(model, lora_config(finetune))
         except ValueError as error:
             raise ConfigError(
                 f"finetune.target_modules={list(finetune.target_modules)}: {error}; name linear "
                 "layers of the target, such as q_proj, or leave it empty for all of them"
             ) from error
+    draw_adapters({n: p for n, p in adapted.named_parameters() if not p.is_meta}, seed)
+    return adapted
 
 
-def _lora_config(finetune: FinetuneConfig) -> Any:
+def lora_config(finetune: FinetuneConfig) -> Any:
+    """peft's."""
     return _peft().LoraConfig(
         r=finetune.rank,
         lora_alpha=finetune.alpha,

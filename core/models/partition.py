@@ -129,6 +129,7 @@ def balance(
     *,
     memory_bytes: float | None = None,
     tied_bytes: float = 0.0,
+    layers_everywhere: bool = False,
 ) -> list[int]:
     """Blocks of each stage, so that the slowest stage takes as little time as possible.
 
@@ -140,26 +141,31 @@ def balance(
         memory_bytes: that a worker has; None for any amount.
         tied_bytes: what the last stage holds in addition where the head's weights are the
             embedding's and the embedding is elsewhere.
+        layers_everywhere: whether no stage may be the embedding or the head alone.
     Raises:
         ConfigError: fewer blocks than stages, or no division fits into memory.
     """
-    if pipe > len(costs):
+    most = len(costs) - 2 if layers_everywhere else len(costs)
+    if pipe > most:
+        what = "layers" if layers_everywhere else "blocks, its embedding and head among them"
         raise ConfigError(
-            f"train.pipeline_stages={pipe}, but the model has only {len(costs)} blocks, its "
-            "embedding and head among them; lower it"
+            f"train.pipeline_stages={pipe}, but the model has only {most} {what}; lower it"
         )
     need = _Need(costs, pipe, tied_bytes)
 
     def fits(stage: int, start: int, stop: int) -> bool:
+        if layers_everywhere and (stop == 1 or start == len(costs) - 1):
+            return False
         return memory_bytes is None or need.bytes(stage, start, stop) <= memory_bytes
 
     fastest = _least(need, lambda _, start, stop: need.seconds(start, stop), fits)
     if fastest is None:
-        smallest = _least(need, need.bytes, lambda *_: True)
+        memory, memory_bytes = memory_bytes or 0, None
+        smallest = _least(need, need.bytes, fits)
         assert smallest is not None
         raise ConfigError(
             f"no division of the model into train.pipeline_stages={pipe} fits into "
-            f"{(memory_bytes or 0) / 2**30:.1f} GiB a worker: the best needs "
+            f"{memory / 2**30:.1f} GiB a worker: the best needs "
             f"{smallest[0] / 2**30:.1f} GiB; raise train.pipeline_stages, lower "
             "train.micro_batch_size, or set train.gradient_checkpointing=true"
         )

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
@@ -15,6 +16,22 @@ from core.models.stages import ModelStages
 
 FILE_BYTES = 5 * 10**9
 GENERATION = "generation_config.json"
+
+
+def write_stages(stages: ModelStages, weights: Path, folder: Path) -> None:
+    """Write an HF folder with the weights of a safetensors file that names them as modules do.
+
+    No more of the model than a file's worth is in memory.
+    Args:
+        stages: the model; nothing of it needs to be built. Its dtype is the folder's.
+        weights: all of the model's.
+        folder: to be made.
+    """
+    writer = StageWriter(stages, folder)
+    with safe_open(weights, framework="pt") as file:
+        for names in stages.block_names():
+            writer.add({name: file.get_tensor(name) for name in names})
+    writer.finish()
 
 
 class StageWriter:

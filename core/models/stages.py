@@ -33,6 +33,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 
 from core.errors import ConfigError, InputError
 from core.models.partition import BlockCost, estimate_cost
+from core.models.stage_adapters import StageAdapters
 from core.models.stage_families import StageFamily, family_of, final_norm, output_of
 from core.models.stage_loss import StageLoss
 from core.models.target import quiet_transformers
@@ -51,6 +52,7 @@ class ModelStages:
         family: where its parts are.
         skeleton: the model; on the meta device but for what has been built.
         num_layers: decoder layers.
+        adapters: what freezes the weights and trains others beside them; None to train all.
         tied: whether the head's weights are the embedding's.
     """
 
@@ -62,6 +64,7 @@ class ModelStages:
         device: torch.device | None = None,
         seed: int = 0,
         attention: str | None = None,
+        adapters: StageAdapters | None = None,
     ) -> None:
         """Nothing is loaded yet.
 
@@ -71,13 +74,14 @@ class ModelStages:
             device: CPU if None.
             seed: of random weights.
             attention: transformers' name of an implementation; None for its choice.
+            adapters: see above.
         Raises:
-            ConfigError: an architecture without a family.
+            ConfigError: an architecture without a family, or adapters for no layer.
             InputError: not a causal language model that transformers knows.
         """
         self.folder = source if isinstance(source, Path) else None
         self.dtype, self.device = dtype, device or torch.device("cpu")
-        self._seed = seed
+        self._seed, self.adapters = seed, adapters
         quiet_transformers()
         try:
             config = AutoConfig.from_pretrained(source) if isinstance(source, Path) else source
@@ -100,6 +104,8 @@ class ModelStages:
         self.tied = self._head.weight is embedding.weight
         self.num_layers = len(self._layers)
         self._paths = {id(module): path for path, module in self.skeleton.named_modules()}
+        if adapters is not None:
+            adapters.check(self._layers[0])
 
     @property
     def _layers(self) -> nn.ModuleList:
@@ -116,7 +122,7 @@ class ModelStages:
         from deepspeed.pipe import LayerSpec, TiedLayerSpec
 
         embedding, head = LayerSpec(TokenEmbedding, self), LayerSpec(OutputHead, self)
-        if self.tied:
+        if self.tied and self.adapters is None:
             # One module that either end has for itself, whose gradients are added up.
             tied = {"tied_weight_attr": ["module.weight"]}
             embedding = TiedLayerSpec("embedding", TokenEmbedding, self, **tied)
@@ -152,6 +158,9 @@ class ModelStages:
         if self.tied:
             self._head.weight = self._module(self.family.embedding).weight
         self.family.ready(self.device)
+        if self.adapters is not None:
+            for module in modules:
+                self.adapters.freeze(module)
         missing = [
             f"{prefix}{name}"
             for module, prefix in zip(modules, prefixes, strict=True)
@@ -165,9 +174,13 @@ class ModelStages:
             )
 
     def names(self) -> dict[str, nn.Parameter]:
-        """HF name → weight, of what has been built here; a tied one has the embedding's name."""
+        """HF name → weight, of what has been built here; a tied one has the embedding's name.
+
+        With adapters, names as they are in a model that peft has wrapped.
+        """
+        before = "" if self.adapters is None else self.adapters.prefix
         named = self.skeleton.named_parameters()
-        return {name: parameter for name, parameter in named if not parameter.is_meta}
+        return {f"{before}{name}": parameter for name, parameter in named if not parameter.is_meta}
 
     def shapes(self) -> dict[str, torch.Size]:
         """HF name → shape of all weights of the model, in its order."""
@@ -322,6 +335,9 @@ class DecoderLayer(nn.Module):
         self._family, self._index = stages.family, index
         self.module = stages._layers[index]
         stages.build(self.module)
+        if stages.adapters is not None:
+            path = stages._paths[id(self.module)]
+            stages.adapters.adapt(self.module, path, stages.device)
 
     def forward(self, inputs: Pair) -> Pair:
         """[B, T, H] → [B, T, H]."""
@@ -348,7 +364,11 @@ class OutputHead(nn.Module):
     def __init__(self, stages: ModelStages) -> None:
         super().__init__()
         self.module = stages._head
-        stages.build(self.module)
+        if not stages.tied:
+            stages.build(self.module)
+        elif self.module.weight.is_meta:
+            # A frozen copy of the embedding, which is on another stage.
+            stages.build(stages._module(stages.family.embedding))
 
     def forward(self, inputs: Pair) -> Pair:
         """Passes on what it gets."""

@@ -90,7 +90,7 @@ class WorkerGroup:
                 num_workers=train.num_workers,
                 use_gpu=train.gpus_per_worker > 0,
                 resources_per_worker=_worker_resources(train),
-                placement_strategy="SPREAD",
+                placement_strategy=train.placement.upper(),
             ),
             run_config=RunConfig(
                 name=self.run,

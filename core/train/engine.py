@@ -132,9 +132,18 @@ class TrainingEngine(ABC):
         """The trained weights in float32 on CPU; all workers call, all get them."""
         return dict(self._tensors(None))
 
-    def first_weights(self) -> dict[str, Tensor]:
-        """The same for the first worker alone, where they are large; all workers call."""
-        return {name: tensor for name, tensor in self._tensors(None) if self.rank == 0}
+    def save_weights(self, path: Path) -> None:
+        """Write the same alone, by their names; all workers call, the first one writes.
+
+        No worker ever holds more than one of them.
+        """
+        if self.rank:
+            for _ in self._tensors(None):
+                pass
+            return
+        with float32_file(path, self._whole_shapes(), {"format": "pt"}) as write:
+            for name, tensor in self._tensors(None):
+                write(name, tensor)
 
     def save(self, folder: Path) -> None:
         """Write the whole state; all workers call, the first one writes."""

@@ -9,13 +9,15 @@ from __future__ import annotations
 import inspect
 import resource
 import shutil
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -30,6 +32,8 @@ from core.models.adapters import (
     merge_adapters,
     save_adapters,
 )
+from core.models.stage_adapters import StageAdapters
+from core.models.stage_saving import write_stages
 from core.models.stages import ModelStages
 from core.models.target import load_tokenizer, target_fingerprint, target_folder
 from core.provenance import git_revision, versions
@@ -84,7 +88,7 @@ class FinetuneTask:
         dtype: torch.dtype = getattr(torch, train.dtype)
         folder = target_folder(self.target)
         if train.parallelism == "pipeline":
-            return StagedTrainee(ModelStages(folder, dtype=dtype, device=device), finetune)
+            return StagedTrainee(_stages(folder, self.config, device), finetune)
         model = load_for_training(folder, finetune, dtype, device, train.seed)
         return CausalTrainee(model, finetune)
 
@@ -121,8 +125,7 @@ def prepare_finetuning(config: Config, target: str, examples: Path) -> FinetuneT
             f"target.path={config.target.path}; run prepare_data with this target"
         )
     if config.train.parallelism == "pipeline":
-        dtype = getattr(torch, config.train.dtype)
-        stage_bounds(ModelStages(folder, dtype=dtype), config.train)
+        stage_bounds(_stages(folder, config), config.train)
     parameters, trained = count_trained(folder, config.finetune)
     longest = config.train.max_length
     selections = {
@@ -144,6 +147,14 @@ def prepare_finetuning(config: Config, target: str, examples: Path) -> FinetuneT
     )
     assert task.order.total_steps > 0
     return task
+
+
+def _stages(folder: Path, config: Config, device: torch.device | None = None) -> ModelStages:
+    """The model in parts, as a pipeline trains it; nothing is loaded."""
+    finetune, train = config.finetune, config.train
+    adapters = None if finetune.method == "full" else StageAdapters(finetune, train.seed)
+    dtype: torch.dtype = getattr(torch, train.dtype)
+    return ModelStages(folder, dtype=dtype, device=device, adapters=adapters)
 
 
 def _check_model(folder: Path, config: Config, training: Selection) -> None:
@@ -175,26 +186,25 @@ def finetune(
         StageError: the loss is not a number; on all workers.
     """
     engine = build_engine(task.new_trainee(device), task.config.train, device)
-    loop = TrainingLoop(
-        engine=engine,
-        order=task.order,
-        training=task.batches(TRAIN, device),
-        held_out=None if task.held_out is None else task.batches(HELD_OUT, device),
-        config=task.config.train,
-        host=host,
-        open_log=log_opener(task, output, run_id) if host.rank == 0 else None,
-    )
-    figures = {**_figures(task, loop.run()), "peak_memory_mib": _peak_memory(device)}
-    with host.last_checkpoint() as folder:
-        if folder is not None:
-            figures["checkpoint_bytes"] = sum(
-                (folder / name).stat().st_size for name in (FILE, BEST) if (folder / name).exists()
-            )
-    # All workers call: it is put together from their parts.
-    with engine.averaged():
-        weights = engine.first_weights()
-    if host.rank == 0:
-        figures |= save_result(task, output, loop.best_weights or weights)
+    with tempfile.TemporaryDirectory(prefix="aerie-") as scratch:
+        loop = TrainingLoop(
+            engine=engine,
+            order=task.order,
+            training=task.batches(TRAIN, device),
+            held_out=None if task.held_out is None else task.batches(HELD_OUT, device),
+            config=task.config.train,
+            host=host,
+            open_log=log_opener(task, output, run_id) if host.rank == 0 else None,
+            scratch=Path(scratch),
+        )
+        figures = {**_figures(task, loop.run()), "peak_memory_mib": _peak_memory(device)}
+        with host.last_checkpoint() as folder:
+            if folder is not None:
+                files = [folder / name for name in (FILE, BEST)]
+                figures["checkpoint_bytes"] = sum(f.stat().st_size for f in files if f.exists())
+        weights = loop.result()
+        if host.rank == 0:
+            figures |= save_result(task, output, weights)
     return figures
 
 
@@ -205,38 +215,45 @@ def _peak_memory(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
-def save_result(task: FinetuneTask, output: Path, weights: Mapping[str, Tensor]) -> dict[str, Any]:
+def save_result(task: FinetuneTask, output: Path, weights: Path) -> dict[str, Any]:
     """Write the HF folder, and that of the adapters if there are some; returns their sizes.
 
     Args:
         task: what was trained.
         output: the run's folder.
-        weights: the trained ones by name, float32.
+        weights: a file of the trained ones by name, float32.
     """
     target, finetune = target_folder(task.target), task.config.finetune
     sizes: dict[str, Any] = {"adapter_bytes": None}
-    model: Any
-    if finetune.method == "full":
-        model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)
-        found = model.load_state_dict(dict(weights), strict=False)
-        own = dict(model.named_parameters())
-        assert not found.unexpected_keys and not own.keys() & set(found.missing_keys)
-    else:
+    if finetune.method != "full":
         adapters = output / ADAPTER_FOLDER
-        sizes["adapter_bytes"] = save_adapters(adapters, weights, finetune, target, task.target)
-        model = merge_adapters(target, adapters)
-    write_model(output / MODEL_FOLDER, model, target)
+        trained = load_file(weights)
+        sizes["adapter_bytes"] = save_adapters(adapters, trained, finetune, target, task.target)
+    with model_folder(output / MODEL_FOLDER, target) as (folder, dtype):
+        if finetune.method != "full":
+            merge_adapters(target, adapters).to(dtype).save_pretrained(folder)
+        elif task.config.train.parallelism == "pipeline":
+            # Of a model that may be larger than any worker's memory.
+            write_stages(ModelStages(target, dtype=dtype), weights, folder)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)
+            found = model.load_state_dict(load_file(weights), strict=False)
+            own = dict(model.named_parameters())
+            assert not found.unexpected_keys and not own.keys() & set(found.missing_keys)
+            model.to(dtype).save_pretrained(folder)
     files = (output / MODEL_FOLDER).iterdir()
     return {**sizes, "model_bytes": sum(file.stat().st_size for file in files)}
 
 
-def write_model(folder: Path, model: Any, target: Path) -> None:
-    """Write an HF folder in the dtype of the target that the model was made from, whole or not.
+@contextmanager
+def model_folder(folder: Path, target: Path) -> Iterator[tuple[Path, torch.dtype]]:
+    """Replace an HF folder by one of a model made from a target, whole or not at all.
 
     Args:
-        folder: is replaced.
-        model: in any dtype.
-        target: whose tokenizer and dtype it gets.
+        folder: is replaced at the end.
+        target: whose tokenizer and settings it gets.
+    Yields:
+        Where to write config and weights, and the target's dtype, which is to be theirs.
     """
     aside = folder.with_name(f".{folder.name}")
     shutil.rmtree(aside, ignore_errors=True)
@@ -246,7 +263,7 @@ def write_model(folder: Path, model: Any, target: Path) -> None:
             if not file.name.endswith(UNWANTED):
                 shutil.copyfile(file, aside / file.name)
     dtype = AutoConfig.from_pretrained(target).get_text_config().dtype or torch.float32
-    model.to(dtype).save_pretrained(aside)
+    yield aside, dtype
     shutil.rmtree(folder, ignore_errors=True)
     aside.rename(folder)
 

@@ -6,6 +6,7 @@ It asks its host for the last checkpoint and hands it new ones; the host is Ray 
 from __future__ import annotations
 
 import math
+import shutil
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -14,7 +15,6 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from core.config import TrainConfig
@@ -27,7 +27,7 @@ from core.train.schedule import learning_rate
 from core.train.state import TrainState
 from core.train.trainee import LOSS, NUM_TOKENS, Batches
 
-BEST = "best.safetensors"
+BEST, LAST = "best.safetensors", "last.safetensors"
 LOG_EVERY = 10
 """Steps between records, each the token-weighted mean over these steps."""
 
@@ -57,7 +57,7 @@ class TrainingLoop:
     Attributes:
         log: where metrics go; None on all workers but one, which opens it by `open_log` once it
             is known where the run goes on.
-        best_weights: of the best evaluation so far, on the first worker, where they are wanted.
+        scratch: a folder of this worker's own, for as long as the result is wanted.
     """
 
     engine: TrainingEngine
@@ -67,8 +67,8 @@ class TrainingLoop:
     config: TrainConfig
     host: Host
     open_log: Callable[[int], MetricLog] | None
+    scratch: Path
     state: TrainState = field(default_factory=TrainState)
-    best_weights: dict[str, Tensor] | None = None
     _fresh: list[Tensor] = field(default_factory=list)
     _log: MetricLog | None = None
 
@@ -103,13 +103,25 @@ class TrainingLoop:
                 self._log.close()
         return self.state
 
+    def result(self) -> Path:
+        """A file of the weights that are kept, by name, float32; all workers call.
+
+        It is there on the first worker, and of the best evaluation where that is wanted.
+        """
+        path = self.scratch / (BEST if self.state.best else LAST)
+        if not self.state.best:
+            # It is put together from all workers' parts.
+            with self.engine.averaged():
+                self.engine.save_weights(path)
+        return path
+
     def _resume(self) -> None:
         with self.host.last_checkpoint() as folder:
             if folder is not None:
                 self.engine.load(folder)
                 self.state = TrainState.load(folder)
                 if self.host.rank == 0 and (folder / BEST).exists():
-                    self.best_weights = load_file(folder / BEST)
+                    shutil.copyfile(folder / BEST, self.scratch / BEST)
 
     def _advance(self) -> None:
         """One optimizer step, and what is due after it."""
@@ -127,9 +139,9 @@ class TrainingLoop:
         self.engine.save(folder)
         if self.host.rank == 0:
             self.state.save(folder)
-            if self.best_weights is not None:
+            if self.state.best:
                 # With every checkpoint, so that a run never goes on with a best of its future.
-                save_file(self.best_weights, folder / BEST)
+                shutil.copyfile(self.scratch / BEST, folder / BEST)
 
     def _train_step(self) -> float:
         """Returns the gradient's norm."""
@@ -202,8 +214,7 @@ class TrainingLoop:
         ):
             state.best, state.best_step = state.held_out, state.step
             with self.engine.averaged():
-                weights = self.engine.first_weights()
-            self.best_weights = weights or None
+                self.engine.save_weights(self.scratch / BEST)
 
     def _measure(self, held_out: Batches) -> dict[str, float]:
         found = self.engine.module.evaluate(self.engine, held_out, self.config)

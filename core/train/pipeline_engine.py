@@ -22,6 +22,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
+import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,6 @@ from torch import Tensor, nn
 from core.config import FinetuneConfig, TrainConfig
 from core.errors import ConfigError, InputError
 from core.models.partition import Topology, balance, check_parts
-from core.models.stage_saving import StageWriter
 from core.models.stages import ModelStages
 from core.train.causal import CausalBatch, CausalTrainee
 from core.train.deepspeed_engine import MASTERS, ScaledEngine, _import_deepspeed
@@ -223,32 +223,18 @@ class PipelineEngine(ScaledEngine):
                         "overwrite=true"
                     )
 
-    def save_pretrained(self, folder: Path) -> None:
-        """Write the model as an HF folder; all workers call, the first one writes.
-
-        No worker ever holds more of it than a file's worth.
-        """
-        writer = StageWriter(self.stages, folder) if self.rank == 0 else None
-        for names in self.stages.block_names():
-            found = {name: self._to_first(name, None) for name in names if name in self._owners}
-            if writer is not None:
-                writer.add(found)
-        if writer is not None:
-            writer.finish()
-
     def _agree(self) -> tuple[dict[str, int], dict[str, tuple[int, ...]]]:
-        """Which worker gives away each weight, over all stages, and the trained ones' shapes."""
+        """Which worker gives away each trained weight, over all stages, and its shape."""
         found: list[Any] = [None] * self.world_size
-        mine = [(n, tuple(p.shape), p.requires_grad) for n, p in self.stages.names().items()]
+        mine = [(name, tuple(weight.shape)) for name, weight in self.names.items()]
         torch.distributed.all_gather_object(found, mine)
         owners: dict[str, int] = {}
         shapes = {}
         for rank, weights in enumerate(found):
-            for name, shape, trained in weights:
+            for name, shape in weights:
                 # A tied one is on two stages, and every one on all workers of its stage.
                 owners.setdefault(name, rank)
-                if trained:
-                    shapes[name] = shape
+                shapes[name] = shape
         return owners, shapes
 
     def _whole_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -261,9 +247,9 @@ class PipelineEngine(ScaledEngine):
 
     def _to_first(self, name: str, moment: str | None) -> Tensor:
         owner = self._owners[name]
-        tensor = torch.empty(self.stages.shapes()[name], device=self.stages.device)
+        tensor = torch.empty(self._shapes[name], device=self.stages.device)
         if self.topology.stage_of(self.rank) == self.topology.stage_of(owner):
-            tensor = self._whole(self.stages.names()[name], moment)
+            tensor = self._whole(self.names[name], moment)
         if owner and self.rank == owner:
             torch.distributed.send(tensor, 0)
         elif owner and self.rank == 0:
@@ -283,8 +269,6 @@ class PipelineEngine(ScaledEngine):
 
     def _whole(self, parameter: nn.Parameter, moment: str | None) -> Tensor:
         """From all workers of the stage, which all call; on their device."""
-        if not parameter.requires_grad:
-            return parameter.detach().float().contiguous()
         if moment is None:
             tensor = self._utils.safe_get_full_fp32_param(parameter)
         else:
@@ -314,8 +298,19 @@ def stage_bounds(stages: ModelStages, config: TrainConfig) -> list[int]:
         ),
         config.pipeline_stages,
         tied_bytes=stages.tied_bytes(),
+        # Adapters are in layers alone, and a stage without any would have nothing to train.
+        layers_everywhere=stages.adapters is not None,
     )
-    return check_parts(parts, stages.num_layers, config.pipeline_stages)
+    bounds = check_parts(parts, stages.num_layers, config.pipeline_stages)
+    inner = range(1, stages.num_layers + 1)
+    if stages.adapters is not None and any(
+        not set(inner) & set(range(*pair)) for pair in itertools.pairwise(bounds)
+    ):
+        raise ConfigError(
+            f"train.parts={list(parts)} has a stage without a layer, and so without adapters to "
+            "train; give every stage a layer, or leave train.parts out"
+        )
+    return bounds
 
 
 def _as_deepspeed_wants(batch: CausalBatch) -> tuple[tuple[Tensor, Tensor], Tensor]:

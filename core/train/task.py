@@ -6,12 +6,14 @@ which calls `train`. Shapes: V target vocabulary, W draft vocabulary.
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig
 
@@ -217,23 +219,23 @@ def train(
     held_out = None
     if task.held_out is not None:
         held_out = _batch_maker(task, open_source(task, HELD_OUT), task.held_out, device)
-    loop = TrainingLoop(
-        engine=engine,
-        order=task.order,
-        training=_batch_maker(task, open_source(task, TRAIN), task.training, device),
-        held_out=held_out,
-        config=task.config.train,
-        host=host,
-        open_log=log_opener(task, output, run_id) if host.rank == 0 else None,
-    )
-    figures = {**_figures(task, loop.run()), "parameters": parameters}
-    # All workers call: it is put together from their parts.
-    with engine.averaged():
-        last = engine.full_weights()
-    if host.rank == 0:
-        trained = task.new_head()
-        trained.load_state_dict(last if loop.best_weights is None else loop.best_weights)
-        save_head(output / HEAD_FOLDER, trained, _record(task, run_id, figures))
+    with tempfile.TemporaryDirectory(prefix="aerie-") as scratch:
+        loop = TrainingLoop(
+            engine=engine,
+            order=task.order,
+            training=_batch_maker(task, open_source(task, TRAIN), task.training, device),
+            held_out=held_out,
+            config=task.config.train,
+            host=host,
+            open_log=log_opener(task, output, run_id) if host.rank == 0 else None,
+            scratch=Path(scratch),
+        )
+        figures = {**_figures(task, loop.run()), "parameters": parameters}
+        weights = loop.result()
+        if host.rank == 0:
+            trained = task.new_head()
+            trained.load_state_dict(load_file(weights))
+            save_head(output / HEAD_FOLDER, trained, _record(task, run_id, figures))
     return figures
 
 

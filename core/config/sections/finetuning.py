@@ -42,10 +42,10 @@ def check_finetuning(finetune: FinetuneConfig, train: TrainConfig) -> None:
     """
     where = f"finetune.method={finetune.method} with train.parallelism={train.parallelism}"
     quantized = finetune.method in ("qlora", "int8_lora")
-    if finetune.method != "full" and train.parallelism == "pipeline":
+    if finetune.method != "full" and finetune.dropout and train.parallelism == "pipeline":
         raise ValueError(
-            f"{where}: a pipeline trains all weights; choose train.parallelism=zero1 or ddp, or "
-            "finetune.method=full"
+            f"{where} and finetune.dropout={finetune.dropout:g}: passes of a pipeline have no "
+            "dropout; choose finetune.dropout=0, or train.parallelism=zero1 or ddp"
         )
     if quantized and train.parallelism == "zero3":
         raise ValueError(

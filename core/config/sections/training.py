@@ -14,11 +14,12 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 class TrainConfig(Section):
     """How a model is trained."""
 
-    parallelism: Literal["ddp", "zero0", "zero1", "zero2", "zero3", "pipeline"] = field(
+    parallelism: Literal["ddp", "zero0", "zero1", "zero2", "zero3", "pipeline"] = setting(
         "zero1",
         "what workers divide: DeepSpeed's ZeRO stage (1 the optimizer's state, 2 gradients too, 3 "
         "weights too), ddp: nothing, by torch alone, or pipeline: the target's layers "
-        "(finetune_target), and the optimizer's state among the workers of a stage",
+        "(finetune_target), and the optimizer's state among the workers of a stage; a run goes on "
+        "with another, and its result is the same up to rounding",
     )
     pipeline_stages: int = setting(
         2,
@@ -42,6 +43,11 @@ class TrainConfig(Section):
     )
     cpus_per_worker: float = setting(1.0, "CPUs a process; also its threads", gt=0)
     gpus_per_worker: float = setting(0.0, "GPUs a process", ge=0)
+    placement: Literal["spread", "strict_spread", "pack", "strict_pack"] = setting(
+        "spread",
+        "on which nodes processes go: spread over many, pack on few; strictly: each on a node of "
+        "its own, or all on one",
+    )
     global_batch_size: int = field(
         16, "sequences an optimizer step, over all workers; a multiple of num_workers", ge=1
     )
