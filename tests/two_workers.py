@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,8 @@ from types import TracebackType
 from typing import Any, Self
 
 PATIENCE_SECONDS = 240
+# What takes seconds to import, done once for all processes, which are copies of one that has.
+IMPORTS = ("deepspeed.pipe", "core.train.finetune", "core.train.deepspeed_engine", "peft")
 
 
 class TwoWorkers:
@@ -19,7 +22,10 @@ class TwoWorkers:
     count = 2
 
     def __init__(self, folder: Path) -> None:
-        context = multiprocessing.get_context("spawn")
+        # DeepSpeed reads it when it is imported.
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([*IMPORTS])
         self._pipes: list[Any] = []
         self._processes: list[Any] = []
         for rank in range(self.count):
@@ -65,7 +71,7 @@ class FourWorkers(TwoWorkers):
 def _work(rank: int, count: int, group: Path, pipe: Any) -> None:
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "OMP_NUM_THREADS": 1}
     os.environ.update({name: str(value) for name, value in names.items()})
-    os.environ["DS_ACCELERATOR"] = "cpu"
+    assert "deepspeed" in sys.modules, "not imported beforehand"
     import torch
 
     torch.set_num_threads(1)

@@ -13,9 +13,9 @@ import json
 import math
 import warnings
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import save_file
@@ -186,7 +186,7 @@ def unpack_for_training(model: nn.Module) -> None:
     """Keep quantized layers from packing their weights, at the first evaluation, for a kernel that
     knows no gradients.
     """
-    for module in model.modules():
+    for module in cast(Iterable[Any], model.modules()):
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
 

@@ -90,7 +90,7 @@ class StageAdapters:
         layer.to(device)
 
 
-def _linear_layers(layer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def _linear_layers(layer: nn.Module) -> Iterator[tuple[str, Any]]:
     for path, module in layer.named_modules():
         if isinstance(module, LINEAR):
             yield path, module

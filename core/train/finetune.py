@@ -231,12 +231,13 @@ def save_result(task: FinetuneTask, output: Path, weights: Path) -> dict[str, An
         sizes["adapter_bytes"] = save_adapters(adapters, trained, finetune, target, task.target)
     with model_folder(output / MODEL_FOLDER, target) as (folder, dtype):
         if finetune.method != "full":
-            merge_adapters(target, adapters).to(dtype).save_pretrained(folder)
+            merged: Any = merge_adapters(target, adapters)
+            merged.to(dtype).save_pretrained(folder)
         elif task.config.train.parallelism == "pipeline":
             # Of a model that may be larger than any worker's memory.
             write_stages(ModelStages(target, dtype=dtype), weights, folder)
         else:
-            model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)
+            model: Any = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)
             found = model.load_state_dict(load_file(weights), strict=False)
             own = dict(model.named_parameters())
             assert not found.unexpected_keys and not own.keys() & set(found.missing_keys)

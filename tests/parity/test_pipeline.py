@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 from core.config import Config, FinetuneConfig, TrainConfig
 from core.data.examples import Example
 from core.errors import ConfigError, InputError
+from core.models.stage_saving import write_stages
 from core.models.stages import ModelStages
 from core.tracking import read_metrics
 from core.train.causal import UNSUPERVISED, CausalBatch, collate
@@ -175,7 +176,9 @@ def evaluate(rank: int, folder: Path, pipe: int) -> Any:
 def export(rank: int, folder: Path, pipe: int, output: Path) -> Any:
     engine = open_engine(folder, pipe)
     train(engine, 0, 2)
-    engine.save_pretrained(output)
+    engine.save_weights(weights_file := output.with_suffix(".safetensors"))
+    if rank == 0:
+        write_stages(ModelStages(folder), weights_file, output)
     weights = engine.full_weights()
     return weights if rank == 0 else None
 
