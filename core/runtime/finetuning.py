@@ -23,7 +23,7 @@ from core.runtime import conversion
 from core.runtime.job import Job, run_stage
 from core.runtime.preparation import data_inputs
 from core.runtime.resources import Resources, check_resources
-from core.runtime.workers import Follower, RayHost, WorkerGroup, on_worker
+from core.runtime.workers import Follower, RayHost, WorkerGroup, check_workers, on_worker
 from core.train.curves import plot_curves
 from core.train.finetune import FinetuneTask, finetune, prepare_finetuning
 
@@ -95,6 +95,7 @@ def finetune_target(config: Config, folder: RunFolder, preparation: Job) -> Mapp
     config = _with_inputs(config, output, preparation)
     # Before that, a target that had to be made could not be counted.
     check_resources(finetuning_resources(config), config, STAGE)
+    check_workers(config)
     target = target_location(str(config.target.path))
     task = prepare_finetuning(config, target, Path(str(config.data.examples)).absolute())
     order = task.order

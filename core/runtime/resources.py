@@ -47,7 +47,9 @@ def check_resources(needs: Resources, config: Config, job: str) -> None:
             say(job, f"warning: {message}; waiting for the cluster to grow")
 
 
-def check_placement(bundles: Sequence[tuple[float, float]], config: Config, what: str) -> None:
+def check_placement(
+    bundles: Sequence[tuple[float, float]], config: Config, what: str, *, apart: bool = False
+) -> None:
     """Make sure that the nodes can hold all of these at one time, each on one node.
 
     The sum may be there and yet lie in pieces too small; what waits for each other would then
@@ -57,19 +59,25 @@ def check_placement(bundles: Sequence[tuple[float, float]], config: Config, what
         bundles: CPUs and GPUs of each.
         config: whose cluster may grow.
         what: they are, for the message.
+        apart: whether each must have a node of its own.
     Raises:
         ResourceError: they do not fit and the cluster cannot grow; otherwise it is a warning.
     """
     there = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    if _fits(bundles, [(n.get("CPU", 0.0), n.get("GPU", 0.0)) for n in there]):
+    nodes = [(n.get("CPU", 0.0), n.get("GPU", 0.0)) for n in there]
+    if _fits(bundles, nodes, apart):
         return
-    message = f"the nodes cannot hold {what} at the same time"
+    message = f"the nodes cannot hold {what} at the same time{' and apart' if apart else ''}"
     if not (on_cluster(config.cluster) and config.cluster.can_grow):
         raise ResourceError(f"{message}; lower their number, or what each takes of a node")
     say("resources", f"warning: {message}; waiting for the cluster to grow")
 
 
-def _fits(bundles: Sequence[tuple[float, float]], nodes: Sequence[tuple[float, float]]) -> bool:
+def _fits(
+    bundles: Sequence[tuple[float, float]],
+    nodes: Sequence[tuple[float, float]],
+    apart: bool = False,
+) -> bool:
     """Largest first, each where it fits and leaves the least GPUs, then CPUs."""
     free = [list(node) for node in nodes]
     for cpus, gpus in sorted(bundles, key=lambda bundle: (bundle[1], bundle[0]), reverse=True):
@@ -77,6 +85,8 @@ def _fits(bundles: Sequence[tuple[float, float]], nodes: Sequence[tuple[float, f
         if not room:
             return False
         chosen = min(room, key=lambda node: (node[1], node[0]))
+        if apart:
+            free.remove(chosen)
         chosen[0] -= cpus
         chosen[1] -= gpus
     return True

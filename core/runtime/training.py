@@ -19,7 +19,7 @@ from core.provenance import RunFolder
 from core.runtime.extraction import extraction_inputs, plan_manifest
 from core.runtime.resources import Resources
 from core.runtime.streaming import FeatureStream, feature_stream, streams
-from core.runtime.workers import Follower, RayHost, WorkerGroup, on_worker
+from core.runtime.workers import Follower, RayHost, WorkerGroup, check_workers, on_worker
 from core.train.curves import plot_curves
 from core.train.evaluation import ACCEPTED_LENGTH
 from core.train.task import (
@@ -103,6 +103,7 @@ def train_draft(config: Config, folder: RunFolder) -> Mapping[str, Any]:
         f"{order.total_steps:,} steps of {config.train.global_batch_size} sequences; draft "
         f"vocabulary {task.vocabulary.size:,} ({task.coverage:.1%} of the supervised tokens)",
     )
+    check_workers(config)
     with feature_stream(task) if task.streamed else nullcontext() as stream:
         say(STAGE, f"starting {config.train.num_workers} worker(s)")
         group = WorkerGroup(STAGE, RUN, output, config.train)

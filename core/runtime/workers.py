@@ -31,9 +31,10 @@ from ray.train import (
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from ray.train.v2.api.config import LoggingConfig
 
-from core.config import TrainConfig
+from core.config import Config, TrainConfig
 from core.errors import StageError, UserError
 from core.progress import Progress, say
+from core.runtime.resources import check_placement
 from core.runtime.streaming import StreamBroken
 from core.runtime.watching import Watcher
 from core.tracking import append_json_line, read_json_lines, read_metrics
@@ -112,6 +113,25 @@ class WorkerGroup:
         if "failed" in outcome:
             raise outcome["failed"]
         return {**outcome, "workers": train.num_workers}
+
+
+def check_workers(config: Config) -> None:
+    """Make sure that the nodes can hold all workers as `train.placement` wants them.
+
+    Raises:
+        ResourceError: they cannot, and the cluster does not grow.
+    """
+    train = config.train
+    bundle, count = (train.cpus_per_worker, train.gpus_per_worker), train.num_workers
+    bundles = [bundle] * count
+    if train.placement == "strict_pack":
+        bundles = [(count * bundle[0], count * bundle[1])]
+    check_placement(
+        bundles,
+        config,
+        f"{count} training workers (train.placement={train.placement})",
+        apart=train.placement == "strict_spread",
+    )
 
 
 def on_worker(

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import os
 import random
 import shutil
 import signal
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import ray
 import torch
@@ -28,19 +23,19 @@ from core.draft.base import DraftHead
 from core.draft.folder import load_head, read_record
 from core.models.weights import load_embedding, load_output_head
 from core.runtime.job import run_stage
-from core.runtime.workers import FAILURES, SNAPSHOT
+from core.runtime.workers import FAILURES
 from core.tracking import read_json_lines, read_metrics
 from core.train.order import evaluation_batches
 from core.train.schedule import learning_rate
 from core.train.task import DraftTask, prepare
 from jobs.train_draft import JOB
+from tests.killing import RankKiller, last_checkpoint, wait_for_step
 from tests.tiny_features import batch_maker, write_tiny_features
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
 ROOT = Path(__file__).resolve().parents[2]
 CHECKPOINT_EVERY = 25
-PATIENCE_SECONDS = 240
 
 
 @pytest.fixture(scope="module")
@@ -121,57 +116,6 @@ def _reference(task: DraftTask) -> tuple[DraftHead, list[tuple[float, int]]]:
 def _curve(folder: Path) -> list[dict[str, Any]]:
     timed = ("time", "tokens_per_second")
     return [{k: v for k, v in r.items() if k not in timed} for r in read_metrics(folder)]
-
-
-def _last_step(folder: Path) -> int:
-    return max((record["step"] for record in read_metrics(folder)), default=0)
-
-
-def _wait_for_step(folder: Path, step: int, driver: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while _last_step(folder) < step:
-        assert driver.poll() is None, "the driver ended before it could be killed"
-        assert time.monotonic() < deadline, f"not at step {step} after {PATIENCE_SECONDS} s"
-        time.sleep(0.05)
-
-
-class _Killer(threading.Thread):
-    """Kills rank 1 at random steps: each time after progress beyond the kill before."""
-
-    def __init__(self, folder: Path, times: int) -> None:
-        super().__init__(daemon=True)
-        self.folder, self.times = folder, times
-        self.killed_after: list[int] = []
-        self.start()
-
-    def run(self) -> None:
-        deadline = time.monotonic() + PATIENCE_SECONDS
-        # Far enough for a new checkpoint, which the run goes on from.
-        step = _last_step(self.folder) + random.randint(CHECKPOINT_EVERY, 2 * CHECKPOINT_EVERY)
-        while len(self.killed_after) < self.times and time.monotonic() < deadline:
-            time.sleep(0.02)
-            if _last_step(self.folder) < step:
-                continue
-            victim = _rank_1(self.folder)
-            if victim is None:
-                continue
-            os.kill(victim, signal.SIGKILL)
-            self.killed_after.append(_last_step(self.folder))
-            step = self.killed_after[-1] + random.randint(10, CHECKPOINT_EVERY)
-
-
-def _rank_1(folder: Path) -> int | None:
-    """The process that trains and does not write the metrics; None unless both are there."""
-    ranks: dict[int, int] = {}
-    for process in psutil.Process().children(recursive=True):
-        try:
-            if "RayTrainWorker" in " ".join(process.cmdline()):
-                files = {file.path for file in process.open_files()}
-                ranks[0 if str(folder / "metrics.jsonl") in files else 1] = process.pid
-        except (psutil.NoSuchProcess, psutil.AccessDenied):
-            # It is ending.
-            continue
-    return ranks[1] if ranks.keys() == {0, 1} else None
 
 
 def test_two_workers_train_like_plain_torch(
@@ -279,7 +223,7 @@ def interrupted(
             cwd=ROOT, stdout=log, stderr=subprocess.STDOUT,
         )  # fmt: skip
         try:
-            _wait_for_step(output, random.randint(CHECKPOINT_EVERY + 5, 80), driver)
+            wait_for_step(output, random.randint(CHECKPOINT_EVERY + 5, 80), driver)
         finally:
             driver.send_signal(signal.SIGKILL)
             driver.wait()
@@ -300,7 +244,7 @@ def test_kills_change_nothing(
     config, whole = undisturbed
     output = tmp_path / "out"
     shutil.copytree(interrupted, output)
-    killer = _Killer(output, times)
+    killer = RankKiller(output, times, CHECKPOINT_EVERY)
     report = dict(run_stage(JOB, _config(overrides, two_nodes, output)))
     killer.join()
     assert len(killer.killed_after) == times, "the run ended before rank 1 was killed"
@@ -327,7 +271,7 @@ def test_one_worker_goes_on_where_two_were(
     config, whole = undisturbed
     output = tmp_path / "out"
     shutil.copytree(interrupted, output)
-    before = _last_checkpoint(output)
+    before = last_checkpoint(output, "draft")
     alone = {**overrides, "train.num_workers": 1}
     report = dict(run_stage(JOB, _config(alone, two_nodes, output)))
     assert (report["workers"], report["steps"]) == (1, 300)
@@ -345,9 +289,3 @@ def test_one_worker_goes_on_where_two_were(
     heads = [load_head(folder / "head").state_dict() for folder in (output, undone)]
     for name, wanted in heads[1].items():
         torch.testing.assert_close(heads[0][name], wanted, rtol=0.02, atol=0.01)
-
-
-def _last_checkpoint(output: Path) -> int:
-    """The step of the newest one that Ray Train knows of."""
-    snapshot = json.loads((output / "ray_train" / "draft" / SNAPSHOT).read_text())
-    return int(snapshot["latest_checkpoint_result"]["metrics"]["step"])

@@ -9,15 +9,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from core.config import Config
-from core.data.example_dataset import ExampleDataset
 from core.tracking import read_metrics
 from core.train.finetune import FinetuneTask, finetune, prepare_finetuning
-from core.train.schedule import learning_rate
 from tests.folder_host import FolderHost
+from tests.plain_finetuning import decided, plain
 from tests.tiny_targets import save_tiny, write_tiny_examples
 from tests.two_workers import TwoWorkers
 
@@ -75,39 +73,6 @@ def _task(target: Path, examples: Path, *, packing: bool = True, **settings: Any
     return prepare_finetuning(config, str(target), examples)
 
 
-def plain(task: FinetuneTask) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """Losses of all steps and the last weights: one sequence at a time, by HF and torch alone."""
-    train = task.config.train
-    model = AutoModelForCausalLM.from_pretrained(task.target, dtype=torch.float32).train()
-    named = dict(model.named_parameters())
-    groups = [
-        {"params": [p for p in named.values() if p.ndim > 1], "weight_decay": train.weight_decay},
-        {"params": [p for p in named.values() if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, betas=train.betas)
-    source, losses = ExampleDataset(task.examples, "train"), []
-    for step in range(task.order.total_steps):
-        total, loss = 0, torch.zeros(())
-        for row in task.order.global_batch(step):
-            example = source[int(task.training.indices_N[row])]
-            ids_T = torch.from_numpy(example.input_ids_T[: train.max_length].astype("int64"))
-            mask_T = torch.from_numpy(example.loss_mask_T[: train.max_length].astype(bool))
-            logits_TV = model(ids_T[None]).logits[0]
-            picked = mask_T[1:]
-            loss = loss + F.cross_entropy(
-                logits_TV[:-1][picked], ids_T[1:][picked], reduction="sum"
-            )
-            total += int(picked.sum())
-        optimizer.zero_grad()
-        (loss / total).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), train.clip)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, task.order.total_steps, train)
-        optimizer.step()
-        losses.append(float(loss.detach()) / total)
-    return losses, {name: p.detach() for name, p in named.items()}
-
-
 def run(
     rank: int, task: FinetuneTask, output: Path, kept: Path, stop_after: int | None = None
 ) -> dict[str, Any] | None:
@@ -120,17 +85,6 @@ def run(
         return finetune(task, output, "run", host, CPU)
     except KeyboardInterrupt:
         return None
-
-
-def _decided(name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """Without the biases of keys: softmax does not see them, so that their gradient is rounding
-    alone, of which AdamW makes steps of full size."""
-    if name.endswith("c_attn.bias"):
-        query, _, value = tensor.chunk(3)
-        return torch.cat((query, value))
-    if name.endswith("query_key_value.bias"):
-        return tensor.view(4, 3, -1)[:, [0, 2]]
-    return tensor
 
 
 @pytest.mark.parametrize(("architecture", "tied"), MODELS)
@@ -154,7 +108,7 @@ def test_two_workers_train_what_a_plain_loop_trains(
         trained = dict(model.named_parameters())
         assert trained.keys() == wanted.keys()
         for name, tensor in wanted.items():
-            found_part, wanted_part = _decided(name, trained[name].detach()), _decided(name, tensor)
+            found_part, wanted_part = decided(name, trained[name].detach()), decided(name, tensor)
             torch.testing.assert_close(
                 found_part, wanted_part, rtol=1e-3, atol=2e-4, msg=f"{parallelism} {name}"
             )
@@ -179,7 +133,7 @@ def test_two_workers_train_adapters_as_one_does(
     losses = [r["loss"] for r in read_metrics(tmp_path / "alone") if "loss" in r]
     wanted = load_file(tmp_path / "alone" / "adapter" / "adapter_model.safetensors")
     assert all(bool((tensor != 0).any()) for tensor in wanted.values())
-    for parallelism in ("ddp", "zero2", *(["zero3"] if method == "lora" else [])):
+    for parallelism in ("ddp", "zero2", "pipeline", *(["zero3"] if method == "lora" else [])):
         output = tmp_path / parallelism
         recomputes = parallelism != "ddp"
         task = _task(
