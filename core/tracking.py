@@ -1,4 +1,4 @@
-"""Metric sinks: a JSONL file always, Weights & Biases where it is wanted."""
+"""Metric sinks: a JSONL file always, Weights & Biases and TensorBoard where they are wanted."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from urllib.parse import urlsplit
 
 from core.config import TrackingConfig
 
+TENSORBOARD = "tensorboard"
 Mode = Literal["online", "offline"]
 
 
 class MetricLog:
-    """Appends metrics to `<folder>/metrics.jsonl`, one JSON object a line, and to W&B.
+    """Appends metrics to `<folder>/metrics.jsonl`, one JSON object a line, and to other sinks.
 
     A W&B that cannot be reached is a warning: the run goes on, the JSONL has everything.
     """
@@ -29,6 +30,7 @@ class MetricLog:
         config: TrackingConfig,
         run_id: str,
         about: Mapping[str, Any] | None = None,
+        first_step: int = 0,
     ) -> None:
         """Open the sinks.
 
@@ -37,23 +39,38 @@ class MetricLog:
             config: where metrics go.
             run_id: the same one continues the same W&B run.
             about: config values and versions, for W&B; `run.yaml` has them otherwise.
+            first_step: where the run goes on; TensorBoard forgets what it has of later ones.
         """
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "metrics.jsonl"
         _drop_cut_off_line(path)
         self._file = path.open("a", encoding="utf-8")
         self._wandb: Any = _start_wandb(folder, config, run_id, about or {})
+        self._tensorboard: Any = None
+        if config.tensorboard:
+            import tensorboardX
+
+            self._tensorboard = tensorboardX.SummaryWriter(
+                str(folder / TENSORBOARD), purge_step=first_step + 1 if first_step else None
+            )
 
     def log(self, **metrics: Any) -> None:
         """Write one record; `step` is the optimizer step where there is one."""
         self._file.write(json.dumps({"time": round(time.time(), 3), **metrics}) + "\n")
         self._file.flush()
+        if self._tensorboard is not None and "step" in metrics:
+            for name, value in metrics.items():
+                if isinstance(value, int | float) and name != "step":
+                    self._tensorboard.add_scalar(name, value, metrics["step"])
+            self._tensorboard.flush()
         # W&B's own step may not go back, as ours does when a run goes on from a checkpoint.
         self._tell_wandb(lambda run: run.log(metrics))
 
     def close(self) -> None:
         """Flush all sinks."""
         self._file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
         self._tell_wandb(lambda run: run.finish())
 
     def _tell_wandb(self, what: Callable[[Any], None]) -> None:

@@ -25,6 +25,9 @@ class FolderHost:
         kept = sorted(self.folder.glob("step-*"))
         yield kept[-1] if kept else None
 
+    def leaving(self) -> frozenset[str]:
+        return frozenset()
+
     def keep_checkpoint(self, step: int, save: Callable[[Path], None]) -> None:
         kept = self.folder / f"step-{step:08d}"
         if self.rank == 0:

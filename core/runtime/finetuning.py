@@ -23,9 +23,17 @@ from core.runtime import conversion
 from core.runtime.job import Job, run_stage
 from core.runtime.preparation import data_inputs
 from core.runtime.resources import Resources, check_resources
-from core.runtime.workers import Follower, RayHost, WorkerGroup, check_workers, on_worker
+from core.runtime.workers import (
+    Follower,
+    RayHost,
+    WorkerGroup,
+    check_workers,
+    least_workers,
+    on_worker,
+)
 from core.train.curves import plot_curves
 from core.train.finetune import FinetuneTask, finetune, prepare_finetuning
+from core.train.memory import memory_advice
 
 STAGE, RUN = "finetune_target", "target"
 # Weights, two moments, the best weights, and maybe the moving average, all float32.
@@ -73,8 +81,8 @@ def finetuning_resources(config: Config) -> Resources:
         checkpoints = (train.keep_checkpoints + 1) * trained * CHECKPOINT_BYTES_PER_PARAMETER
         disk = (checkpoints + 4 * total) / 1e9
     return Resources(
-        cpus=train.num_workers * train.cpus_per_worker,
-        gpus=train.num_workers * train.gpus_per_worker,
+        cpus=least_workers(train) * train.cpus_per_worker,
+        gpus=least_workers(train) * train.gpus_per_worker,
         disk_gb=disk,
         because="train.num_workers times train.cpus_per_worker and train.gpus_per_worker",
     )
@@ -106,7 +114,8 @@ def finetune_target(config: Config, folder: RunFolder, preparation: Job) -> Mapp
         f"tokens; {order.total_steps:,} steps of {config.train.global_batch_size} sequences",
     )
     say(STAGE, f"starting {config.train.num_workers} worker(s)")
-    group = WorkerGroup(STAGE, RUN, output, config.train)
+    advice = memory_advice(config.train, config.finetune)
+    group = WorkerGroup(STAGE, RUN, output, config.train, advice)
     settings = {"task": task, "output": output, "run_id": folder.identity[:16]}
     with Follower(output, order.total_steps, STAGE):
         figures = group.fit(_work, settings)
@@ -134,7 +143,8 @@ def _work(settings: dict[str, Any]) -> dict[str, Any]:
     def work(host: RayHost, device: torch.device) -> dict[str, Any]:
         return finetune(task, settings["output"], settings["run_id"], host, device)
 
-    return on_worker(task.config.train, work)
+    config = task.config
+    return on_worker(config.train, memory_advice(config.train, config.finetune), work)
 
 
 def _summary(figures: Mapping[str, Any]) -> str:

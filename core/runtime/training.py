@@ -19,9 +19,17 @@ from core.provenance import RunFolder
 from core.runtime.extraction import extraction_inputs, plan_manifest
 from core.runtime.resources import Resources
 from core.runtime.streaming import FeatureStream, feature_stream, streams
-from core.runtime.workers import Follower, RayHost, WorkerGroup, check_workers, on_worker
+from core.runtime.workers import (
+    Follower,
+    RayHost,
+    WorkerGroup,
+    check_workers,
+    least_workers,
+    on_worker,
+)
 from core.train.curves import plot_curves
 from core.train.evaluation import ACCEPTED_LENGTH
+from core.train.memory import memory_advice
 from core.train.task import (
     DraftTask,
     SourceOpener,
@@ -66,14 +74,14 @@ def training_resources(config: Config) -> Resources:
     parameters = count_parameters(config, training_inputs(config)["target.path"])
     checkpoints = (train.keep_checkpoints + 1) * parameters * CHECKPOINT_BYTES_PER_PARAMETER
     because = "train.num_workers times train.cpus_per_worker and train.gpus_per_worker"
-    replicas = 0
+    replicas, workers = 0, least_workers(train)
     if streams(config):
         replicas = features.num_replicas
         because += ", and at the same time features.num_replicas times features.cpus_per_replica "
         because += "and features.gpus_per_replica"
     return Resources(
-        cpus=train.num_workers * train.cpus_per_worker + replicas * features.cpus_per_replica,
-        gpus=train.num_workers * train.gpus_per_worker + replicas * features.gpus_per_replica,
+        cpus=workers * train.cpus_per_worker + replicas * features.cpus_per_replica,
+        gpus=workers * train.gpus_per_worker + replicas * features.gpus_per_replica,
         disk_gb=checkpoints / 1e9,
         because=because,
     )
@@ -106,7 +114,7 @@ def train_draft(config: Config, folder: RunFolder) -> Mapping[str, Any]:
     check_workers(config)
     with feature_stream(task) if task.streamed else nullcontext() as stream:
         say(STAGE, f"starting {config.train.num_workers} worker(s)")
-        group = WorkerGroup(STAGE, RUN, output, config.train)
+        group = WorkerGroup(STAGE, RUN, output, config.train, memory_advice(config.train, None))
         run_id = folder.identity[:16]
         with Follower(output, order.total_steps, STAGE):
             settings = {"task": task, "output": output, "run_id": run_id, "stream": stream}
@@ -129,7 +137,7 @@ def _work(settings: dict[str, Any]) -> dict[str, Any]:
             open_source = functools.partial(stream.open, rank=host.rank)
         return train(task, settings["output"], settings["run_id"], host, device, open_source)
 
-    return on_worker(task.config.train, work)
+    return on_worker(task.config.train, memory_advice(task.config.train, None), work)
 
 
 def _agreed(failure: AerieError | None, world_size: int) -> AerieError | None:

@@ -32,25 +32,26 @@ from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from ray.train.v2.api.config import LoggingConfig
 
 from core.config import Config, TrainConfig
-from core.errors import StageError, UserError
+from core.errors import ResourceError, StageError, UserError
 from core.progress import Progress, say
 from core.runtime.resources import check_placement
 from core.runtime.streaming import StreamBroken
 from core.runtime.watching import Watcher
 from core.tracking import append_json_line, read_json_lines, read_metrics
 from core.train.evaluation import ACCEPTED_LENGTH
+from core.train.memory import is_out_of_memory
 
 STORAGE = "ray_train"
 SNAPSHOT = "checkpoint_manager_snapshot.json"
 FAILURES = "failures.jsonl"
 SECONDS_BETWEEN_LOOKS = 1.0
+# After which a run of fewer workers than it might have looks for nodes.
+SECONDS_BETWEEN_RESIZES = 15.0
+WATCHES_NODES = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
 # Ray Train hands these on to its controller; what the user has set stays.
 RAY_TRAIN_SETTINGS = {
     # The default of 2 adds seconds to the end of a run.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
-    # It writes an error into every job's log, and all it adds is that a node whose end was
-    # announced does not count towards train.max_failures.
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
 }
 
 
@@ -63,12 +64,14 @@ class WorkerGroup:
         run: Ray Train's name of the run, below `ray_train`.
         output: the run's folder.
         train: how many workers, on what, and what is kept.
+        advice: what helps where memory is short (`core.train.memory.memory_advice`).
     """
 
     stage: str
     run: str
     output: Path
     train: TrainConfig
+    advice: str
 
     def fit(
         self, work: Callable[[dict[str, Any]], dict[str, Any]], settings: dict[str, Any]
@@ -86,12 +89,15 @@ class WorkerGroup:
         drop_broken_snapshot(storage / self.run, self.stage)
         for name, value in RAY_TRAIN_SETTINGS.items():
             os.environ.setdefault(name, value)
+        # What it adds, besides an error in every job's log, is wanted on announced losses alone.
+        os.environ[WATCHES_NODES] = str(int(train.on_notice))
         trainer = TorchTrainer(
             work,
             train_loop_config=settings,
             torch_config=TorchConfig(backend="nccl" if train.gpus_per_worker else "gloo"),
             scaling_config=ScalingConfig(
-                num_workers=train.num_workers,
+                num_workers=_counts(train),
+                elastic_resize_monitor_interval_s=SECONDS_BETWEEN_RESIZES,
                 use_gpu=train.gpus_per_worker > 0,
                 resources_per_worker=_worker_resources(train),
                 placement_strategy=train.placement.upper(),
@@ -109,10 +115,10 @@ class WorkerGroup:
         try:
             outcome = trainer.fit().return_value
         except ray.train.TrainingFailedError as error:
-            raise explain(error) from error
+            raise explain(error, self.advice) from error
         if "failed" in outcome:
             raise outcome["failed"]
-        return {**outcome, "workers": train.num_workers}
+        return outcome
 
 
 def check_workers(config: Config) -> None:
@@ -122,7 +128,7 @@ def check_workers(config: Config) -> None:
         ResourceError: they cannot, and the cluster does not grow.
     """
     train = config.train
-    bundle, count = (train.cpus_per_worker, train.gpus_per_worker), train.num_workers
+    bundle, count = (train.cpus_per_worker, train.gpus_per_worker), least_workers(train)
     bundles = [bundle] * count
     if train.placement == "strict_pack":
         bundles = [(count * bundle[0], count * bundle[1])]
@@ -134,12 +140,19 @@ def check_workers(config: Config) -> None:
     )
 
 
+def least_workers(train: TrainConfig) -> int:
+    """As many as there must be to begin."""
+    return train.min_workers or train.num_workers
+
+
 def on_worker(
-    train: TrainConfig, work: Callable[[RayHost, torch.device], dict[str, Any]]
+    train: TrainConfig, advice: str, work: Callable[[RayHost, torch.device], dict[str, Any]]
 ) -> dict[str, Any]:
     """What each worker runs: `work`, and what all of them need round it.
 
     A result with the key `failed` is an error to be raised by the driver.
+    Raises:
+        ResourceError: the memory is used up; with `advice`.
     """
     # Ray Train logs every report past its own log level.
     logging.getLogger().setLevel(logging.WARNING)
@@ -150,10 +163,31 @@ def on_worker(
     except StageError as error:
         # All workers are here. Raised, it would be taken for a lost worker and tried again.
         return {"failed": error}
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        # The others wait for this one, and are told by its end.
+        raise out_of_memory(f"worker {host.rank}: {error}", advice) from error
     finally:
         # The last checkpoint counts once the controller has taken note of it.
         ray.train.get_all_reported_checkpoints(consistency_mode=CheckpointConsistencyMode.COMMITTED)
-    return figures if "failed" in figures else {**figures, "nodes": _count_nodes(host.world_size)}
+    if "failed" in figures:
+        return figures
+    return {**figures, "workers": host.world_size, "nodes": _count_nodes(host.world_size)}
+
+
+def out_of_memory(what: str, advice: str) -> ResourceError:
+    """What the user is told where memory is used up."""
+    return ResourceError(
+        f"not enough memory: {what.splitlines()[0]}\nWhat helps, the cheapest first: {advice}. "
+        "The same command with one of these goes on from the last checkpoint"
+    )
+
+
+def _counts(train: TrainConfig) -> int | tuple[int, int]:
+    if train.min_workers in (None, train.num_workers):
+        return train.num_workers
+    return (least_workers(train), train.num_workers)
 
 
 def _worker_resources(train: TrainConfig) -> dict[str, float]:
@@ -199,6 +233,11 @@ class RayHost:
         with checkpoint.as_directory() as folder:
             yield Path(folder)
 
+    def leaving(self) -> frozenset[str]:
+        # A barrier, as Ray has it.
+        info = ray.train.get_preemption_info()
+        return frozenset() if info is None else frozenset(info.preempted_node_ids)
+
     def keep_checkpoint(self, step: int, save: Callable[[Path], None]) -> None:
         # All workers report; only the first one has something to keep.
         with tempfile.TemporaryDirectory(prefix="aerie-") as folder:
@@ -225,14 +264,21 @@ def drop_broken_snapshot(run: Path, stage: str) -> None:
         snapshot.unlink()
 
 
-def explain(error: Exception) -> Exception:
-    """The user's error that a worker ran into, else a StageError that says what happened."""
+def explain(error: Exception, advice: str) -> Exception:
+    """The user's error that a worker ran into, else a StageError that says what happened.
+
+    Args:
+        error: Ray Train's.
+        advice: for where Ray has ended a worker because its node ran out of memory.
+    """
     failures = getattr(error, "worker_failures", {})
     for failure in failures.values():
         # Ray Train wraps what a worker raised.
         cause = getattr(failure, "_base_exc", failure)
         if isinstance(cause, StreamBroken):
             return cause.error
+        if isinstance(cause, ray.exceptions.OutOfMemoryError):
+            return out_of_memory(str(cause), advice)
         if isinstance(cause, UserError):
             return cause
     return StageError(

@@ -17,7 +17,7 @@ from core.config import FinetuneConfig, TrainConfig
 from core.data.examples import Example
 from core.train.engine import TrainingEngine
 from core.train.evaluation import mean_statistics, plan
-from core.train.optimizers import Lion
+from core.train.optimizers import optimizer_of
 from core.train.order import Indices, Selection, seed_of
 from core.train.trainee import LOSS, NUM_TOKENS, Batches, Trainee
 
@@ -174,9 +174,7 @@ class CausalTrainee(Trainee):
             for group, decay in ((matrices, config.weight_decay), (others, 0.0))
             if group
         ]
-        if self._finetune.optimizer == "lion":
-            return Lion(groups, lr=config.lr, betas=config.betas)
-        return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
+        return optimizer_of(groups, self._finetune.optimizer, config.lr, config.betas)
 
     def evaluate(
         self, engine: TrainingEngine, held_out: Batches, config: TrainConfig

@@ -65,12 +65,16 @@ class DdpEngine(TrainingEngine):
         """Nothing to do: the module computes with them."""
 
     def _whole(self, parameter: nn.Parameter, moment: str | None) -> Tensor:
-        tensor = parameter if moment is None else self._optimizer.state[parameter][moment]
-        return tensor.detach().cpu().clone()
+        if moment is None:
+            return parameter.detach().cpu().clone()
+        state = self._optimizer.state[parameter]
+        return self._moments.read(state, moment, parameter).detach().cpu().clone()
 
     def _set_whole(self, parameter: nn.Parameter, moment: str | None, value: Tensor) -> None:
-        tensor = parameter if moment is None else self._optimizer.state[parameter][moment]
-        tensor.data.copy_(value)
+        if moment is None:
+            parameter.data.copy_(value)
+        else:
+            self._moments.write(self._optimizer.state[parameter], moment, value)
 
     def _scaler_state(self) -> dict[str, Any]:
         state: dict[str, Any] = self._scaler.state_dict()

@@ -153,13 +153,22 @@ def deepspeed_config(config: TrainConfig, world_size: int) -> dict[str, Any]:
         "zero_optimization": {
             "stage": int(config.parallelism.removeprefix("zero")),
             "overlap_comm": False,
+            **_offload(config),
         },
+        # Its own optimizers for offloaded state want a compiler; torch's is fused there too.
+        "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": config.dtype == "bfloat16"},
         "fp16": {"enabled": config.dtype == "float16"},
         **({"data_types": {"grad_accum_dtype": "fp32"}} if lower else {}),
         "steps_per_print": sys.maxsize,
         "wall_clock_breakdown": False,
     }
+
+
+def _offload(config: TrainConfig) -> dict[str, Any]:
+    where = {"device": "cpu", "pin_memory": config.gpus_per_worker > 0}
+    parts = {"none": (), "optimizer": ("optimizer",), "all": ("optimizer", "param")}
+    return {f"offload_{part}": where for part in parts[config.offload]}
 
 
 def _import_deepspeed(device: torch.device) -> Any:

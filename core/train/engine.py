@@ -24,7 +24,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from core.config import TrainConfig
-from core.train.optimizers import moments_of
+from core.train.optimizers import Moments
 from core.train.tensor_file import float32_file
 from core.train.trainee import Trainee
 
@@ -63,13 +63,11 @@ class TrainingEngine(ABC):
 
     def _get_ready(self, optimizer: torch.optim.Optimizer) -> None:
         """The last part of construction, once the optimizer has its tensors."""
-        self.moments = moments_of(optimizer)
+        self._moments = Moments(optimizer)
+        self.moments = self._moments.names
         for master in self._masters():
-            # As the optimizer makes them at its first step; made now, they can be loaded and saved.
-            self._state_of(master).update(
-                step=torch.zeros((), dtype=torch.float32, device=master.device),
-                **{moment: torch.zeros_like(master.data) for moment in self.moments},
-            )
+            # Made now, they can be loaded and saved.
+            self._moments.begin(master, self._state_of(master))
         if self.config.ema:
             self._averages = [master.detach().clone() for master in self._masters()]
         self.module.settle()
@@ -193,7 +191,12 @@ class TrainingEngine(ABC):
             self._fill(file, WEIGHTS, None)
         self._spread_masters()
         for master in self._masters():
-            self._state_of(master)["step"].fill_(counts["optimizer_steps"])
+            state = self._state_of(master)
+            # bitsandbytes counts in a plain number.
+            steps, counted = counts["optimizer_steps"], state["step"]
+            state["step"] = (
+                int(steps) if isinstance(counted, int) else torch.full_like(counted, steps)
+            )
         self._updates = counts["updates"]
         self._load_scaler(counts["scaler"])
 

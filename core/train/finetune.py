@@ -7,7 +7,6 @@ worker, which calls `finetune`.
 from __future__ import annotations
 
 import inspect
-import resource
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -40,6 +39,7 @@ from core.provenance import git_revision, versions
 from core.train.causal import CausalBatches, CausalTrainee
 from core.train.engine import FILE, build_engine
 from core.train.loop import BEST, Host, TrainingLoop
+from core.train.memory import PEAK, memory_figures
 from core.train.order import TOKENS_AHEAD, Selection, TrainingOrder, select_examples
 from core.train.pipeline_engine import StagedTrainee, stage_bounds
 from core.train.state import TrainState
@@ -197,7 +197,7 @@ def finetune(
             open_log=log_opener(task, output, run_id) if host.rank == 0 else None,
             scratch=Path(scratch),
         )
-        figures = {**_figures(task, loop.run()), "peak_memory_mib": _peak_memory(device)}
+        figures = {**_figures(task, loop.run()), "peak_memory_mib": memory_figures(device)[PEAK]}
         with host.last_checkpoint() as folder:
             if folder is not None:
                 files = [folder / name for name in (FILE, BEST)]
@@ -206,13 +206,6 @@ def finetune(
         if host.rank == 0:
             figures |= save_result(task, output, weights)
     return figures
-
-
-def _peak_memory(device: torch.device) -> float:
-    """Most memory that this worker has held so far, in MiB: the GPU's, or the process's."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
 def save_result(task: FinetuneTask, output: Path, weights: Path) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from core.errors import StageError
 from core.tracking import MetricLog
 from core.train.engine import TrainingEngine
 from core.train.evaluation import ACCEPTED_LENGTH, HELD_OUT, means
+from core.train.memory import FIGURES, memory_figures
 from core.train.order import TrainingOrder
 from core.train.schedule import learning_rate
 from core.train.state import TrainState
@@ -30,6 +31,8 @@ from core.train.trainee import LOSS, NUM_TOKENS, Batches
 BEST, LAST = "best.safetensors", "last.safetensors"
 LOG_EVERY = 10
 """Steps between records, each the token-weighted mean over these steps."""
+MEASURED = ("time", "tokens_per_second", *FIGURES)
+"""Entries of records that are not the same when a run is repeated."""
 
 
 class Host(Protocol):
@@ -45,6 +48,9 @@ class Host(Protocol):
 
     def last_checkpoint(self) -> AbstractContextManager[Path | None]:
         """The folder of the newest checkpoint; None at the start."""
+
+    def leaving(self) -> frozenset[str]:
+        """Ids of the workers' nodes whose loss is announced; all workers call, all get the same."""
 
     def keep_checkpoint(self, step: int, save: Callable[[Path], None]) -> None:
         """Have `save` write into a folder, on all workers, and keep what the first one wrote."""
@@ -69,6 +75,7 @@ class TrainingLoop:
     open_log: Callable[[int], MetricLog] | None
     scratch: Path
     state: TrainState = field(default_factory=TrainState)
+    _leaving: frozenset[str] = frozenset()
     _fresh: list[Tensor] = field(default_factory=list)
     _log: MetricLog | None = None
 
@@ -131,9 +138,16 @@ class TrainingLoop:
             self._log_window(norm)
         if self.held_out is not None and (step % self.config.eval_every == 0 or last):
             self._evaluate(self.held_out)
-        if step % self.config.checkpoint_every == 0 or last:
+        if step % self.config.checkpoint_every == 0 or last or self._announced():
             self._collect()
             self.host.keep_checkpoint(step, self._save)
+
+    def _announced(self) -> bool:
+        """Whether the loss of a node has been announced that was not before."""
+        if not self.config.on_notice:
+            return False
+        before, self._leaving = self._leaving, self.host.leaving()
+        return bool(self._leaving - before)
 
     def _save(self, folder: Path) -> None:
         self.engine.save(folder)
@@ -203,6 +217,7 @@ class TrainingLoop:
                 grad_norm=norm,
                 tokens=state.tokens,
                 tokens_per_second=round(speed, 1),
+                **memory_figures(self.training.device),
             )
 
     def _evaluate(self, held_out: Batches) -> None:

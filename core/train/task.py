@@ -258,7 +258,7 @@ def log_opener(task: Described, output: Path, run_id: str) -> Callable[[int], Me
 
     def open_log(step: int) -> MetricLog:
         trim_metrics(output, step)
-        return MetricLog(output, task.config.tracking, run_id, about)
+        return MetricLog(output, task.config.tracking, run_id, about, step)
 
     return open_log
 

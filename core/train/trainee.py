@@ -73,7 +73,7 @@ class Trainee(nn.Module, ABC):
         """Compute activations again in the backward pass, from now on."""
 
     def optimizer(self, config: TrainConfig) -> torch.optim.Optimizer:
-        """Of all trained parameters; its class tells `moments_of` what state it has."""
+        """Of all trained parameters; `core.train.optimizers.Moments` knows what state it has."""
         return adamw(self.trained().values(), config)
 
     @abstractmethod

@@ -21,6 +21,7 @@ from core.models.adapters import check_adapters, merge_adapters
 from core.runtime.job import run_stage
 from core.runtime.workers import FAILURES
 from core.tracking import read_json_lines, read_metrics
+from core.train.loop import MEASURED
 from jobs.finetune_target import JOB
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
@@ -59,8 +60,7 @@ def _config(output: Path, steps: int = 60, **finetune: Any) -> Config:
 
 
 def _curve(folder: Path) -> list[dict[str, Any]]:
-    timed = ("time", "tokens_per_second")
-    return [{k: v for k, v in r.items() if k not in timed} for r in read_metrics(folder)]
+    return [{k: v for k, v in r.items() if k not in MEASURED} for r in read_metrics(folder)]
 
 
 class _Killer(threading.Thread):

@@ -27,6 +27,7 @@ from core.runtime.job import run_stage
 from core.runtime.workers import FAILURES
 from core.tracking import read_json_lines, read_metrics
 from core.train.finetune import prepare_finetuning
+from core.train.loop import MEASURED
 from jobs.finetune_target import JOB
 from tests.killing import RankKiller, last_checkpoint, wait_for_step
 from tests.plain_finetuning import plain
@@ -85,8 +86,7 @@ def _config(inputs: dict[str, Any], address: str, output: Path, **train: Any) ->
 
 
 def _curve(folder: Path) -> list[dict[str, Any]]:
-    timed = ("time", "tokens_per_second")
-    return [{k: v for k, v in r.items() if k not in timed} for r in read_metrics(folder)]
+    return [{k: v for k, v in r.items() if k not in MEASURED} for r in read_metrics(folder)]
 
 
 def _weights(output: Path) -> dict[str, torch.Tensor]:

@@ -25,6 +25,7 @@ from core.models.weights import load_embedding, load_output_head
 from core.runtime.job import run_stage
 from core.runtime.workers import FAILURES
 from core.tracking import read_json_lines, read_metrics
+from core.train.loop import MEASURED
 from core.train.order import evaluation_batches
 from core.train.schedule import learning_rate
 from core.train.task import DraftTask, prepare
@@ -114,8 +115,7 @@ def _reference(task: DraftTask) -> tuple[DraftHead, list[tuple[float, int]]]:
 
 
 def _curve(folder: Path) -> list[dict[str, Any]]:
-    timed = ("time", "tokens_per_second")
-    return [{k: v for k, v in r.items() if k not in timed} for r in read_metrics(folder)]
+    return [{k: v for k, v in r.items() if k not in MEASURED} for r in read_metrics(folder)]
 
 
 def test_two_workers_train_like_plain_torch(

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from core.config import Config
 from core.tracking import read_metrics
 from core.train.finetune import FinetuneTask, finetune, prepare_finetuning
+from core.train.loop import MEASURED
 from tests.folder_host import FolderHost
 from tests.plain_finetuning import decided, plain
 from tests.tiny_targets import save_tiny, write_tiny_examples
@@ -22,7 +23,15 @@ from tests.two_workers import TwoWorkers
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("process_group")]
 
 CPU = torch.device("cpu")
-PARALLELISM = ("ddp", "zero1", "zero2", "zero3")
+# What workers divide, and what is kept in the CPU's memory.
+DIVISIONS = (
+    ("ddp", "none"),
+    ("zero1", "none"),
+    ("zero2", "none"),
+    ("zero2", "optimizer"),
+    ("zero3", "none"),
+    ("zero3", "all"),
+)
 MODELS = (
     ("llama", True),
     ("llama", False),
@@ -97,9 +106,12 @@ def test_two_workers_train_what_a_plain_loop_trains(
     losses, wanted = plain(_task(target, examples, packing=packing))
     assert losses[-1] < losses[0]
     before = load_file(target / "model.safetensors")
-    for parallelism in PARALLELISM:
-        task = _task(target, examples, packing=packing, parallelism=parallelism)
-        output = tmp_path / parallelism
+    # Where its state is concerns the engine, whatever the model.
+    some = DIVISIONS if architecture == "llama" else [d for d in DIVISIONS if d[1] == "none"]
+    for parallelism, offload in some:
+        division = {"parallelism": parallelism, "offload": offload}
+        task = _task(target, examples, packing=packing, **division)
+        output = tmp_path / f"{parallelism}-{offload}"
         figures, _ = pair(run, task, output, output / "kept")
         found = [r["loss"] for r in read_metrics(output) if "loss" in r]
         assert found == pytest.approx(losses, rel=1e-4), parallelism
@@ -152,7 +164,12 @@ def test_two_workers_train_adapters_as_one_does(
 
 @pytest.mark.parametrize(
     ("method", "parallelism", "optimizer"),
-    [("full", "zero2", "adamw"), ("full", "zero3", "lion"), ("qlora", "zero1", "adamw")],
+    [
+        ("full", "zero2", "adamw"),
+        ("full", "zero3", "lion"),
+        ("qlora", "zero1", "adamw"),
+        ("full", "ddp", "adamw_8bit"),
+    ],
 )
 def test_a_stopped_run_goes_on_with_another_number_of_workers(
     pair: TwoWorkers,
@@ -180,9 +197,8 @@ def test_a_stopped_run_goes_on_with_another_number_of_workers(
             figures, _ = pair(run, second, output, output / "kept")
         else:
             figures = run(0, second, output, output / "kept")
-        timed = ("time", "tokens_per_second")
         curves = [
-            [{k: v for k, v in r.items() if k not in timed} for r in read_metrics(folder)]
+            [{k: v for k, v in r.items() if k not in MEASURED} for r in read_metrics(folder)]
             for folder in (output, whole)
         ]
         file = (

@@ -86,9 +86,23 @@ def test_an_override_is_yaml(override: str, section: str, key: str, value: Any) 
         (("train.parallelism=zero2", "train.dtype=float16"), "DeepSpeed has no float16 on CPU"),
         (("train.parallelism=pipeline", "train.dtype=float16"), "DeepSpeed has no float16 on CPU"),
         (
-            ("finetune.method=lora", "train.parallelism=pipeline"),
-            "finetune.method=lora with train.parallelism=pipeline: a pipeline trains all weights; "
-            "choose train.parallelism=zero1 or ddp",
+            ("finetune.method=lora", "finetune.dropout=0.1", "train.parallelism=pipeline"),
+            "passes of a pipeline have no dropout; choose finetune.dropout=0",
+        ),
+        (
+            ("finetune.optimizer=adamw_8bit", "train.parallelism=zero2"),
+            "DeepSpeed cannot divide and put together again; choose train.parallelism=ddp",
+        ),
+        (("train.offload=optimizer", "train.parallelism=ddp"), "choose train.parallelism=zero1"),
+        (("train.offload=all", "train.parallelism=zero2"), "choose train.parallelism=zero3"),
+        (("train.min_workers=3", "train.num_workers=2"), "it is the larger of the two"),
+        (
+            ("train.min_workers=1", "train.num_workers=4", "train.global_batch_size=16"),
+            "train.global_batch_size=16 is no multiple of 3",
+        ),
+        (
+            ("train.min_workers=1", "train.parallelism=pipeline"),
+            "a pipeline needs all of its workers",
         ),
         (
             ("train.parallelism=pipeline", "train.num_workers=4", "train.pipeline_stages=3"),

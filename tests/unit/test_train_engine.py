@@ -18,6 +18,7 @@ from core.models.weights import load_embedding, load_output_head
 from core.tracking import read_metrics
 from core.train.draft import DraftTrainee
 from core.train.engine import TrainingEngine, build_engine
+from core.train.loop import MEASURED
 from core.train.schedule import learning_rate
 from core.train.task import DraftTask, prepare, train
 from tests.folder_host import FolderHost
@@ -140,8 +141,7 @@ def test_bfloat16_keeps_float32_weights_and_positions(folders: tuple[Path, Path]
 
 
 def _curve(folder: Path) -> list[dict[str, Any]]:
-    timed = ("time", "tokens_per_second")
-    return [{k: v for k, v in r.items() if k not in timed} for r in read_metrics(folder)]
+    return [{k: v for k, v in r.items() if k not in MEASURED} for r in read_metrics(folder)]
 
 
 def test_a_run_goes_on_exactly(

@@ -61,13 +61,13 @@ def test_a_users_error_in_a_worker_is_the_users() -> None:
         0: RuntimeError("connection closed by peer"),
         1: UserExceptionWithTraceback(cause, "Traceback …"),
     }
-    assert workers.explain(WorkerGroupError("two workers failed", lost)) is cause
+    assert workers.explain(WorkerGroupError("two workers failed", lost), "") is cause
     broken = StreamBroken(StageError("a target replica failed: out of memory"))
     lost[1] = UserExceptionWithTraceback(pickle.loads(pickle.dumps(broken)), "Traceback …")
-    explained = workers.explain(WorkerGroupError("two workers failed", lost))
+    explained = workers.explain(WorkerGroupError("two workers failed", lost), "")
     assert isinstance(explained, StageError)
     assert str(explained) == "a target replica failed: out of memory"
-    explained = workers.explain(WorkerGroupError("died", {0: lost[0]}))
+    explained = workers.explain(WorkerGroupError("died", {0: lost[0]}), "")
     assert isinstance(explained, StageError)
     assert "the last checkpoint" in str(explained)
 

@@ -23,9 +23,10 @@ class FinetuneConfig(Section):
     target_modules: tuple[str, ...] = field(
         (), "last names of the layers that get adapters, such as q_proj; empty for all linear ones"
     )
-    optimizer: Literal["adamw", "lion"] = field(
+    optimizer: Literal["adamw", "lion", "adamw_8bit", "lion_8bit"] = field(
         "adamw",
-        "lion keeps one moment instead of two, and wants a third to a tenth of the learning rate",
+        "lion keeps one moment instead of two, and wants a third to a tenth of the learning rate; "
+        "8 bits a moment instead of 32 are bitsandbytes', with train.parallelism=ddp",
     )
     packing: bool = setting(
         True,
@@ -41,6 +42,12 @@ def check_finetuning(finetune: FinetuneConfig, train: TrainConfig) -> None:
         ValueError: says what, and what to choose instead.
     """
     where = f"finetune.method={finetune.method} with train.parallelism={train.parallelism}"
+    if finetune.optimizer.endswith("_8bit") and train.parallelism != "ddp":
+        raise ValueError(
+            f"finetune.optimizer={finetune.optimizer} with train.parallelism={train.parallelism}: "
+            "moments of 8 bits come in blocks that DeepSpeed cannot divide and put together again; "
+            "choose train.parallelism=ddp, or finetune.optimizer=adamw or lion"
+        )
     quantized = finetune.method in ("qlora", "int8_lora")
     if finetune.method != "full" and finetune.dropout and train.parallelism == "pipeline":
         raise ValueError(

@@ -43,6 +43,17 @@ class TrainConfig(Section):
     )
     cpus_per_worker: float = setting(1.0, "CPUs a process; also its threads", gt=0)
     gpus_per_worker: float = setting(0.0, "GPUs a process", ge=0)
+    min_workers: int | None = setting(
+        None,
+        "go on with as few workers as this where nodes are lost, and with more again, up to "
+        "num_workers, when there are nodes; null waits for num_workers of them",
+        ge=1,
+    )
+    on_notice: bool = setting(
+        False,
+        "write a checkpoint when the loss of a node is announced, as spot instances are; such "
+        "losses do not count towards max_failures",
+    )
     placement: Literal["spread", "strict_spread", "pack", "strict_pack"] = setting(
         "spread",
         "on which nodes processes go: spread over many, pack on few; strictly: each on a node of "
@@ -53,6 +64,11 @@ class TrainConfig(Section):
     )
     micro_batch_size: int = setting(
         8, "sequences a forward pass of one worker; lower it where memory is short", ge=1
+    )
+    offload: Literal["none", "optimizer", "all"] = setting(
+        "none",
+        "what DeepSpeed's ZeRO keeps in the CPU's memory instead of the GPU's: the optimizer's "
+        "state, or with zero3 the weights too",
     )
     gradient_checkpointing: bool = setting(
         False, "compute activations again in the backward pass: less memory, more time"
@@ -111,6 +127,42 @@ class TrainConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _workers_may_vary(self) -> TrainConfig:
+        least = self.min_workers
+        if least is None:
+            return self
+        where = f"train.min_workers={least} with train.num_workers={self.num_workers}"
+        if least > self.num_workers:
+            raise ValueError(f"{where}: it is the larger of the two; change one of them")
+        if self.parallelism == "pipeline" and least < self.num_workers:
+            raise ValueError(
+                f"{where} and train.parallelism=pipeline: a pipeline needs all of its workers; "
+                "leave train.min_workers out, or choose train.parallelism=zero3"
+            )
+        counts = range(least, self.num_workers + 1)
+        if bad := [count for count in counts if self.global_batch_size % count]:
+            raise ValueError(
+                f"{where}: train.global_batch_size={self.global_batch_size} is no multiple of "
+                f"{', '.join(map(str, bad))}; choose one that every number of workers divides"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _offload_is_possible(self) -> TrainConfig:
+        zero = self.parallelism in ("zero1", "zero2", "zero3")
+        if self.offload != "none" and not zero:
+            raise ValueError(
+                f"train.offload={self.offload} with train.parallelism={self.parallelism}: it is "
+                "ZeRO's; choose train.parallelism=zero1, zero2 or zero3, or train.offload=none"
+            )
+        if self.offload == "all" and self.parallelism != "zero3":
+            raise ValueError(
+                f"train.offload=all with train.parallelism={self.parallelism}: weights are moved "
+                "by ZeRO-3 alone; choose train.parallelism=zero3, or train.offload=optimizer"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _precision_is_possible(self) -> TrainConfig:
         where = f"train.parallelism={self.parallelism} with train.dtype={self.dtype}"
         if self.parallelism == "zero0" and self.dtype != "float32":
@@ -133,6 +185,9 @@ class TrackingConfig(Section):
         "auto",
         "Weights & Biases mode; auto is online where the training worker has an API key "
         "(WANDB_API_KEY, or `wandb login`), else offline: `wandb sync <output>/wandb/*` sends it",
+    )
+    tensorboard: bool = setting(
+        False, "also write TensorBoard's event files, into <output>/tensorboard"
     )
     project: str = setting("aerie", "Weights & Biases project")
     wandb_seconds: float = setting(
