@@ -1,7 +1,8 @@
-"""Turn a GGUF file into an HF folder that the other jobs read.
+"""Turn a GGUF file, or adapters and their base, into an HF folder that the other jobs read.
 
     python -m jobs.convert_model --config configs/convert_gguf.yaml \\
         convert.source=/models/some.gguf output=/models/some
+    python -m jobs.convert_model convert.source=runs/finetuned/adapter output=runs/merged
 """
 
 from __future__ import annotations

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from core.config import Config
-from core.models.convert import TINY_RANDOM, convert, gguf_path
+from core.models.convert import TINY_RANDOM, adapters_base, convert, source_path
+from core.models.target import target_folder
 from core.progress import say
 from core.provenance import RunFolder
 from core.runtime.job import Job, run_stage
@@ -16,24 +17,36 @@ MODEL_FOLDER = "model"
 
 
 def conversion_inputs(config: Config) -> dict[str, Path]:
-    """The GGUF file; nothing for a model that is made up."""
+    """The GGUF file, or adapters and their base; nothing for a model that is made up."""
     if config.convert.source == TINY_RANDOM:
         return {}
-    return {"convert.source": gguf_path(config.convert)}
+    source = source_path(config.convert)
+    base = _base(config)
+    return {"convert.source": source, **({} if base is None else {"target.path": base})}
+
+
+def _base(config: Config) -> Path | None:
+    """Of a folder of adapters: `target.path`, or what they name themselves."""
+    if config.convert.source == TINY_RANDOM:
+        return None
+    source = source_path(config.convert)
+    if not source.is_dir():
+        return None
+    return target_folder(config.target.path or adapters_base(source))
 
 
 def convert_model(config: Config, folder: RunFolder) -> Mapping[str, Any]:
     """Write the HF folder `<output>/model`."""
     say("convert_model", f"{config.convert.source} → HF folder ({config.convert.dtype})")
-    figures = convert(config.convert, folder.path / MODEL_FOLDER)
+    figures = convert(config.convert, folder.path / MODEL_FOLDER, _base(config))
     say("convert_model", f"{figures['parameters']:,} parameters")
     return figures
 
 
 JOB = Job(
     name="convert_model",
-    summary="Turn a GGUF file into an HF folder (<output>/model) that the other jobs read.",
-    sections=("convert",),
+    summary="Turn a GGUF file, or adapters and their base, into an HF folder (<output>/model).",
+    sections=("convert", "target.path"),
     inputs=conversion_inputs,
     run=convert_model,
     uses_ray=False,

@@ -7,10 +7,7 @@ worker, which calls `finetune`.
 from __future__ import annotations
 
 import inspect
-import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +28,7 @@ from core.models.adapters import (
     merge_adapters,
     save_adapters,
 )
+from core.models.folder import model_folder
 from core.models.stage_adapters import StageAdapters
 from core.models.stage_saving import write_stages
 from core.models.stages import ModelStages
@@ -46,9 +44,6 @@ from core.train.state import TrainState
 from core.train.task import HELD_OUT, TRAIN, log_opener
 
 MODEL_FOLDER, ADAPTER_FOLDER = "model", "adapter"
-# What a model's folder has besides weights: tokenizer, template, generation settings.
-BESIDES = ("*.json", "*.jinja", "*.model", "*.txt")
-UNWANTED = (".safetensors.index.json",)
 
 
 @dataclass(frozen=True)
@@ -237,29 +232,6 @@ def save_result(task: FinetuneTask, output: Path, weights: Path) -> dict[str, An
             model.to(dtype).save_pretrained(folder)
     files = (output / MODEL_FOLDER).iterdir()
     return {**sizes, "model_bytes": sum(file.stat().st_size for file in files)}
-
-
-@contextmanager
-def model_folder(folder: Path, target: Path) -> Iterator[tuple[Path, torch.dtype]]:
-    """Replace an HF folder by one of a model made from a target, whole or not at all.
-
-    Args:
-        folder: is replaced at the end.
-        target: whose tokenizer and settings it gets.
-    Yields:
-        Where to write config and weights, and the target's dtype, which is to be theirs.
-    """
-    aside = folder.with_name(f".{folder.name}")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    for pattern in BESIDES:
-        for file in target.glob(pattern):
-            if not file.name.endswith(UNWANTED):
-                shutil.copyfile(file, aside / file.name)
-    dtype = AutoConfig.from_pretrained(target).get_text_config().dtype or torch.float32
-    yield aside, dtype
-    shutil.rmtree(folder, ignore_errors=True)
-    aside.rename(folder)
 
 
 def _figures(task: FinetuneTask, state: TrainState) -> dict[str, Any]:

@@ -297,6 +297,7 @@ def stage_bounds(stages: ModelStages, config: TrainConfig) -> list[int]:
             recompute=config.gradient_checkpointing,
         ),
         config.pipeline_stages,
+        memory_bytes=config.stage_memory_gib and config.stage_memory_gib * 2**30,
         tied_bytes=stages.tied_bytes(),
         # Adapters are in layers alone, and a stage without any would have nothing to train.
         layers_everywhere=stages.adapters is not None,

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from core.config import ConvertConfig, TargetConfig
 from core.data.conversations import Message
 from core.data.template import encode_prompt
-from core.models.convert import convert, gguf_path
+from core.models.convert import convert, source_path
 from core.models.target import load_target, target_fingerprint
 from tests.conftest import SMOLLM2_GGUF
 
@@ -38,7 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 def test_the_weights_are_those_of_the_file(folder: Path) -> None:
     ours = load_file(folder / "model.safetensors")
-    source = gguf_path(ConvertConfig(source=SMOLLM2_GGUF))
+    source = source_path(ConvertConfig(source=SMOLLM2_GGUF))
     stored = {tensor.name: tensor for tensor in GGUFReader(source).tensors}
     for theirs, name in SAME_LAYOUT.items():
         tensor = stored[theirs]

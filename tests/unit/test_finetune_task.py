@@ -136,9 +136,19 @@ def test_a_pipeline_that_does_not_divide_the_model_is_refused(
         ({"parts": (2, 3)}, "adds up to 5, the model has 4 blocks"),
         ({"parts": (4,)}, "names 1 stages, train.pipeline_stages=2"),
         ({"pipeline_stages": 5, "num_workers": 5}, "the model has only 4 blocks"),
+        ({"stage_memory_gib": 1e-5}, "no division of the model .* fits into 0.0 GiB a worker"),
     ):
         with pytest.raises(ConfigError, match=said):
             _task(target, examples, **{**pipeline, **settings})
+    lora = {**pipeline, "finetune": {"method": "lora"}}
+    for settings, said in (
+        ({"parts": (1, 3)}, "a stage without a layer, and so without adapters"),
+        ({"pipeline_stages": 3, "num_workers": 3}, "the model has only 2 layers"),
+        ({"finetune": {"method": "lora", "target_modules": ["nothing"]}}, "called nothing, but"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            _task(target, examples, **{**lora, **settings, "global_batch_size": 6})
+    assert _task(target, examples, **lora).trained_parameters < task.parameters
 
 
 @pytest.mark.usefixtures("process_group")

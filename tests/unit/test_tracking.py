@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import socket
+import struct
 import time
 from pathlib import Path
 
 import pytest
 import wandb
+from tensorboardX.proto.event_pb2 import Event
 
 from core import tracking
 from core.config import TrackingConfig
@@ -139,3 +141,32 @@ def test_a_key_of_wandb_login_counts(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert not tracking._has_key("https://elsewhere.example.org")
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     assert tracking._has_key("https://elsewhere.example.org")
+
+
+def test_tensorboards_files_have_the_metrics(tmp_path: Path) -> None:
+    """What a killed run wrote behind its last checkpoint is marked as void by the next."""
+    config = TrackingConfig(wandb="disabled", tensorboard=True)
+    for first_step, loss in ((0, 3.0), (1, 2.0)):
+        log = MetricLog(tmp_path, config, "run-id", first_step=first_step)
+        for step in range(first_step + 1, 4):
+            log.log(step=step, loss=loss, split="train")
+        log.close()
+    found, starts = [], []
+    for file in sorted((tmp_path / tracking.TENSORBOARD).glob("events.out.tfevents.*")):
+        for event in _events(file):
+            if event.HasField("session_log"):
+                starts.append(event.step)
+            found += [(event.step, v.tag, v.simple_value) for v in event.summary.value]
+    assert starts == [2]
+    assert found == [(1, "loss", 3.0), (2, "loss", 3.0), (3, "loss", 3.0),
+                     (2, "loss", 2.0), (3, "loss", 2.0)]  # fmt: skip
+
+
+def _events(file: Path) -> list[Event]:
+    """Records of length, its checksum, the event, and its checksum."""
+    content, found = file.read_bytes(), []
+    while content:
+        (length,) = struct.unpack("<Q", content[:8])
+        found.append(Event.FromString(content[12 : 12 + length]))
+        content = content[12 + length + 4 :]
+    return found

@@ -16,6 +16,7 @@ from core.config import Config
 from core.errors import ConfigError, InputError, StageError
 from core.runtime import workers
 from core.runtime.streaming import StreamBroken
+from core.tracking import append_json_line
 from jobs.train_draft import JOB
 from tests.tiny_features import write_tiny_features
 
@@ -86,8 +87,14 @@ def test_progress_follows_the_metrics(
     line = capsys.readouterr().out
     assert "10/40 steps" in line
     assert "loss 2.000 top-1 0.250 (held out 0.125)" in line
+    failure = {"time": 0.0, "workers": {"1": "it died\nby a signal"}}
+    append_json_line(tmp_path / workers.FAILURES, failure)
+    follower.look()
+    said = capsys.readouterr().out
+    assert "lost worker 1 (by a signal); going on from the last checkpoint" in said
     follower._show(_records(1, 5))
-    assert "going on from step 5" in capsys.readouterr().out
+    follower._show(_records(1, 5, 15))
+    assert "15/40 steps" in capsys.readouterr().out
 
 
 def test_what_an_earlier_run_left_is_no_progress(

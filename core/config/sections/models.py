@@ -15,8 +15,9 @@ class ConvertConfig(Section):
 
     source: str | None = setting(
         None,
-        "a .gguf file (also pkg://<package>/<file>), or `tiny-random` for a Llama of random "
-        "weights with a byte tokenizer, made for tests",
+        "a .gguf file (also pkg://<package>/<file>), a folder of adapters that finetune_target "
+        "wrote, to be merged into target.path (left out: the model that they name), or "
+        "`tiny-random` for a Llama of random weights with a byte tokenizer, made for tests",
     )
     dtype: DType = field("bfloat16", "dtype of the saved weights")
     seed: int = field(0, "seed of the weights of `tiny-random`")

@@ -32,6 +32,12 @@ class TrainConfig(Section):
         "blocks of each stage of a pipeline, the embedding and the head counting as one each; "
         "empty to have them balanced by what they cost",
     )
+    stage_memory_gib: float | None = setting(
+        None,
+        "largest estimate of what a stage of a pipeline holds, GiB, that balancing may come to; "
+        "null for any",
+        gt=0,
+    )
     dtype: Literal["float32", "bfloat16", "float16"] = field(
         "float32", "dtype of the computation; float16 scales the loss, and wants GPUs or ddp"
     )
