@@ -51,7 +51,10 @@ class MetricLog:
             import tensorboardX
 
             self._tensorboard = tensorboardX.SummaryWriter(
-                str(folder / TENSORBOARD), purge_step=first_step + 1 if first_step else None
+                str(folder / TENSORBOARD),
+                purge_step=first_step + 1 if first_step else None,
+                # Two that are opened in the same second would have one name.
+                filename_suffix=f".{first_step}",
             )
 
     def log(self, **metrics: Any) -> None:

@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from core.config import TrainConfig
+from core.errors import InputError
 from core.train.optimizers import Moments
 from core.train.tensor_file import float32_file
 from core.train.trainee import Trainee
@@ -179,8 +180,14 @@ class TrainingEngine(ABC):
 
     @torch.no_grad()
     def load(self, folder: Path) -> None:
-        """Go on from a folder that any number of workers has saved."""
-        with safe_open(folder / FILE, framework="pt") as file:
+        """Go on from a folder that any number of workers, or another engine, has saved.
+
+        Raises:
+            InputError: a damaged checkpoint, or one of another model; on all workers, before
+                anything is changed.
+        """
+        with checkpoint_file(folder / FILE) as file:
+            self._check(folder / FILE, file)
             counts = json.loads(file.metadata()["counts"])
             if self._averages is not None:
                 self._fill(file, AVERAGE, None)
@@ -199,6 +206,20 @@ class TrainingEngine(ABC):
             )
         self._updates = counts["updates"]
         self._load_scaler(counts["scaler"])
+
+    def _check(self, path: Path, file: Any) -> None:
+        stored = set(file.keys())
+        averages = [AVERAGE] if self._averages is not None else []
+        for name, shape in self._whole_shapes().items():
+            for kind in (WEIGHTS, *self.moments, *averages):
+                key = f"{kind}/{name}"
+                found = tuple(file.get_slice(key).get_shape()) if key in stored else None
+                if found != tuple(shape):
+                    raise InputError(
+                        f"{path}: {key} is {found or 'missing'}, this run's is {tuple(shape)}; the "
+                        "checkpoint is of another model, method or optimizer: start anew with "
+                        "overwrite=true"
+                    )
 
     def _fill(self, file: Any, kind: str, moment: str | None) -> None:
         for name, parameter in self.names.items():
@@ -252,6 +273,28 @@ class TrainingEngine(ABC):
     @abstractmethod
     def _load_scaler(self, state: dict[str, Any]) -> None:
         """Take such a state back."""
+
+
+@contextmanager
+def checkpoint_file(path: Path) -> Iterator[Any]:
+    """A safetensors file of a checkpoint, open.
+
+    Raises:
+        InputError: it is damaged; from within the block too.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise damaged(path, error) from error
+
+
+def damaged(path: Path, error: Exception) -> InputError:
+    """What the user is told of a checkpoint's file that cannot be read."""
+    return InputError(
+        f"{path} cannot be read ({error}): the checkpoint is damaged; remove it to go on from the "
+        "one before, or start anew with overwrite=true"
+    )
 
 
 def decay(limit: float, updates: int) -> float:

@@ -20,11 +20,12 @@ from torch import Tensor
 from core.config import TrainConfig
 from core.errors import StageError
 from core.tracking import MetricLog
-from core.train.engine import TrainingEngine
+from core.train.engine import TrainingEngine, checkpoint_file, damaged
 from core.train.evaluation import ACCEPTED_LENGTH, HELD_OUT, means
 from core.train.memory import FIGURES, memory_figures
 from core.train.order import TrainingOrder
 from core.train.schedule import learning_rate
+from core.train.state import FILE as STATE
 from core.train.state import TrainState
 from core.train.trainee import LOSS, NUM_TOKENS, Batches
 
@@ -126,9 +127,16 @@ class TrainingLoop:
         with self.host.last_checkpoint() as folder:
             if folder is not None:
                 self.engine.load(folder)
-                self.state = TrainState.load(folder)
-                if self.host.rank == 0 and (folder / BEST).exists():
-                    shutil.copyfile(folder / BEST, self.scratch / BEST)
+                try:
+                    self.state = TrainState.load(folder)
+                except (OSError, ValueError, TypeError) as error:
+                    raise damaged(folder / STATE, error) from error
+                if self.state.best:
+                    # Here already, not when it is needed at the end.
+                    with checkpoint_file(folder / BEST):
+                        pass
+                    if self.host.rank == 0:
+                        shutil.copyfile(folder / BEST, self.scratch / BEST)
 
     def _advance(self) -> None:
         """One optimizer step, and what is due after it."""

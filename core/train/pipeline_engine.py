@@ -24,20 +24,17 @@ import importlib
 import io
 import itertools
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from core.config import FinetuneConfig, TrainConfig
-from core.errors import ConfigError, InputError
+from core.errors import ConfigError
 from core.models.partition import Topology, balance, check_parts
 from core.models.stages import ModelStages
 from core.train.causal import CausalBatch, CausalTrainee
 from core.train.deepspeed_engine import MASTERS, ScaledEngine, _import_deepspeed
-from core.train.engine import FILE, WEIGHTS
 from core.train.pipeline_module import PassesAlone, add_up_norms_once, divided, pipeline_config
 
 
@@ -192,36 +189,6 @@ class PipelineEngine(ScaledEngine):
             torch.distributed.broadcast(held, 0)
             weights[name] = held.cpu()
         return weights
-
-    def load(self, folder: Path) -> None:
-        """Go on from a folder that any topology, or another engine, has saved.
-
-        Raises:
-            InputError: a damaged checkpoint, or one of another model; on all workers.
-        """
-        path = folder / FILE
-        try:
-            with safe_open(path, framework="pt") as file:
-                self._check(path, file)
-            super().load(folder)
-        except (SafetensorError, OSError) as error:
-            raise InputError(
-                f"{path} cannot be read ({error}): the checkpoint is damaged; remove it to go on "
-                "from the one before, or start anew with overwrite=true"
-            ) from error
-
-    def _check(self, path: Path, file: Any) -> None:
-        stored = set(file.keys())
-        for name, parameter in self.names.items():
-            for kind in (WEIGHTS, *self.moments):
-                key, wanted = f"{kind}/{name}", list(parameter.shape)
-                found = file.get_slice(key).get_shape() if key in stored else None
-                if found != wanted:
-                    raise InputError(
-                        f"{path}: {key} is {found or 'missing'}, this run's is {wanted}; the "
-                        "checkpoint is of another model, method or optimizer: start anew with "
-                        "overwrite=true"
-                    )
 
     def _agree(self) -> tuple[dict[str, int], dict[str, tuple[int, ...]]]:
         """Which worker gives away each trained weight, over all stages, and its shape."""

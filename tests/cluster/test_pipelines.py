@@ -132,6 +132,7 @@ def test_workers_that_cannot_stand_apart_are_refused(
     """Ray would wait for a third node for ever."""
     settings = {"num_workers": 3, "pipeline_stages": 3, "cpus_per_worker": 0.5}
     config = _config(inputs, two_nodes, tmp_path / "out", **{**PIPELINE, **settings})
+    config = config.replace(cluster={"can_grow": False})
     with pytest.raises(ResourceError, match=r"cannot hold 3 training workers .* apart"):
         run_stage(JOB, config)
 

@@ -129,7 +129,7 @@ def test_a_pipeline_that_does_not_divide_the_model_is_refused(
 ) -> None:
     """By its config and the model's, before any worker starts."""
     target = save_tiny(tmp_path / "model", "llama")
-    pipeline = {"parallelism": "pipeline", "num_workers": 2}
+    pipeline: dict[str, Any] = {"parallelism": "pipeline", "num_workers": 2}
     task = _task(target, examples, **pipeline, parts=(1, 3))
     assert task.trained_parameters == task.parameters
     for settings, said in (
@@ -141,13 +141,14 @@ def test_a_pipeline_that_does_not_divide_the_model_is_refused(
         with pytest.raises(ConfigError, match=said):
             _task(target, examples, **{**pipeline, **settings})
     lora = {**pipeline, "finetune": {"method": "lora"}}
-    for settings, said in (
+    cases: tuple[tuple[dict[str, Any], str], ...] = (
         ({"parts": (1, 3)}, "a stage without a layer, and so without adapters"),
         ({"pipeline_stages": 3, "num_workers": 3}, "the model has only 2 layers"),
         ({"finetune": {"method": "lora", "target_modules": ["nothing"]}}, "called nothing, but"),
-    ):
+    )
+    for changes, said in cases:
         with pytest.raises(ConfigError, match=said):
-            _task(target, examples, **{**lora, **settings, "global_batch_size": 6})
+            _task(target, examples, **{**lora, **changes, "global_batch_size": 6})
     assert _task(target, examples, **lora).trained_parameters < task.parameters
 
 
@@ -171,3 +172,30 @@ def test_a_run_leaves_a_model_that_is_better_and_says_so(
     tokenizer, before = (AutoTokenizer.from_pretrained(f) for f in (tmp_path / "model", target))
     assert tokenizer.chat_template == before.chat_template
     assert tokenizer("some text").input_ids == before("some text").input_ids
+
+
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.parametrize("parallelism", ["ddp", "zero2", "zero3", "pipeline"])
+def test_a_damaged_checkpoint_is_refused_before_training_starts(
+    target: Path, examples: Path, tmp_path: Path, parallelism: str
+) -> None:
+    """Each of its files, and that of another method."""
+    settings: dict[str, Any] = {"parallelism": parallelism}
+    if parallelism == "pipeline":
+        settings |= {"pipeline_stages": 1}
+    task, host = _task(target, examples, **settings), FolderHost(tmp_path / "kept", stop_after=4)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(task, tmp_path, "run", host, CPU)
+    before = read_metrics(tmp_path)
+    (kept,) = (tmp_path / "kept").iterdir()
+    for file in kept.iterdir():
+        whole = file.read_bytes()
+        for cut in (len(whole) // 2, 5):
+            file.write_bytes(whole[:cut])
+            with pytest.raises(InputError, match=rf"{file.name} cannot be read .* is damaged"):
+                finetune(task, tmp_path, "run", host, CPU)
+        file.write_bytes(whole)
+    lora = _task(target, examples, **settings, finetune={"method": "lora"})
+    with pytest.raises(InputError, match="of another model, method or optimizer"):
+        finetune(lora, tmp_path, "run", host, CPU)
+    assert read_metrics(tmp_path) == before

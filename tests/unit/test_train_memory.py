@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from ray.exceptions import OutOfMemoryError
 from ray.train.v2.api.exceptions import WorkerGroupError
 
 from core.config import FinetuneConfig, TrainConfig
@@ -55,6 +56,6 @@ def test_the_user_is_told_whatever_found_out() -> None:
     error = workers.out_of_memory("worker 1: cannot allocate\nstack", "(1) less")
     assert isinstance(error, ResourceError)
     assert "worker 1: cannot allocate\n" in str(error) and "first: (1) less." in str(error)
-    killed: dict[int, Exception] = {0: workers.ray.exceptions.OutOfMemoryError("node is full")}
+    killed: dict[int, Exception] = {0: OutOfMemoryError("node is full")}
     explained = workers.explain(WorkerGroupError("died", killed), "(1) less")
     assert isinstance(explained, ResourceError) and "(1) less" in str(explained)
