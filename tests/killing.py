@@ -16,7 +16,7 @@ import psutil
 from core.runtime.workers import SNAPSHOT
 from core.tracking import read_metrics
 
-PATIENCE_SECONDS = 240
+PATIENCE_SECONDS = 900
 
 
 def last_step(folder: Path) -> int:

@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+from transformers.pytorch_utils import Conv1D
 
 from core.config import FinetuneConfig
 from core.errors import ConfigError, InputError, MismatchError
@@ -31,6 +32,7 @@ WEIGHTS = "adapter_model.safetensors"
 PEFT_CONFIG = "adapter_config.json"
 # Of peft's name for the one adapter that a model has.
 ADAPTER = ".default"
+LINEAR = (nn.Linear, Conv1D)
 # Of the names in a model that peft has wrapped.
 PREFIX = "base_model.model."
 
@@ -130,11 +132,9 @@ def merge_adapters(target: Path, adapters: Path) -> nn.Module:
         MismatchError: they were trained on another target.
     """
     method = check_adapters(target, adapters)
-    model = _load(target, torch.float32, method)
+    model = _load(target, torch.float32)
     if method != "lora":
-        model = model.dequantize().float()
-        # It would be written as quantized still.
-        model.config.__dict__.pop("quantization_config", None)
+        _unpack(_load(target, torch.float32, method), model)
     return _peft().PeftModel.from_pretrained(model, adapters).merge_and_unload()
 
 
@@ -182,6 +182,33 @@ def _load(
     return model
 
 
+@torch.no_grad()
+def _unpack(quantized: nn.Module, plain: nn.Module) -> None:
+    """Give a plain model what a quantized one's weights stand for."""
+    integrations: Any = importlib.import_module("peft.utils.integrations")
+    for path, module in quantized.named_modules():
+        if type(getattr(module, "weight", None)).__name__ in ("Params4bit", "Int8Params"):
+            weight: Tensor = integrations.dequantize_module_weight(module).float()
+            own: Any = plain.get_submodule(path)
+            # Packed, all are as torch's own linear layers.
+            own.weight.copy_(weight.T if isinstance(own, Conv1D) else weight)
+
+
+def linear_names(module: nn.Module) -> list[str]:
+    """Last names of the linear layers in a model or a part of it, its output head left out.
+
+    Of a mixture these are not its experts, which are one parameter together, nor its router.
+    """
+    head = module.get_output_embeddings() if hasattr(module, "get_output_embeddings") else None
+    return sorted(
+        {
+            path.rsplit(".", 1)[-1]
+            for path, part in module.named_modules()
+            if isinstance(part, LINEAR) and part is not head
+        }
+    )
+
+
 def unpack_for_training(model: nn.Module) -> None:
     """Keep quantized layers from packing their weights, at the first evaluation, for a kernel that
     knows no gradients.
@@ -211,9 +238,13 @@ def draw_adapters(weights: Mapping[str, nn.Parameter], seed: int) -> None:
 
 
 def _with_adapters(model: Any, finetune: FinetuneConfig, seed: int) -> nn.Module:
-    with _quiet_peft():
+    config = lora_config(finetune)
+    # Named one by one: where peft finds all by itself, it plans for experts too, and differently
+    # when it reads the adapters again.
+    config.target_modules = set(finetune.target_modules or linear_names(model))
+    with quiet_peft():
         try:
-            adapted: nn.Module = _peft().get_peft_model(model, lora_config(finetune))
+            adapted: nn.Module = _peft().get_peft_model(model, config)
         except ValueError as error:
             raise ConfigError(
                 f"finetune.target_modules={list(finetune.target_modules)}: {error}; name linear "
@@ -229,7 +260,7 @@ def lora_config(finetune: FinetuneConfig) -> Any:
         r=finetune.rank,
         lora_alpha=finetune.alpha,
         lora_dropout=finetune.dropout,
-        target_modules=list(finetune.target_modules) or "all-linear",
+        target_modules=list(finetune.target_modules),
         task_type="CAUSAL_LM",
     )
 
@@ -241,10 +272,9 @@ def _peft() -> Any:
 
 
 @contextlib.contextmanager
-def _quiet_peft() -> Iterator[None]:
+def quiet_peft() -> Iterator[None]:
+    """Without what peft sees and sets right by itself."""
     with warnings.catch_warnings():
-        # GPT-2's layers are transposed, which peft sees and sets right by itself.
+        # GPT-2's layers are transposed.
         warnings.filterwarnings("ignore", message="fan_in_fan_out")
-        # For a mixture it plans for experts kept as one parameter, which are no linear layers.
-        warnings.filterwarnings("ignore", message="The following .*_pattern keys")
         yield

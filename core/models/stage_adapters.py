@@ -7,18 +7,26 @@ other: the same names, the same first weights, the same quantization.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from core.config import FinetuneConfig
 from core.errors import ConfigError
-from core.models.adapters import PREFIX, draw_adapters, lora_config, unpack_for_training
+from core.models.adapters import (
+    LINEAR,
+    PREFIX,
+    draw_adapters,
+    linear_names,
+    lora_config,
+    quiet_peft,
+    unpack_for_training,
+)
 
-LINEAR = (nn.Linear, Conv1D)
+# What peft calls a layer that it has wrapped, and whether a quantized one was the other way round.
+BASE, TRANSPOSED = ".base_layer", "aerie_transposed"
 
 
 class StageAdapters:
@@ -46,12 +54,12 @@ class StageAdapters:
         Raises:
             ConfigError: `finetune.target_modules` names none of its linear layers.
         """
-        names = {path.rsplit(".", 1)[-1] for path, _ in _linear_layers(layer)}
-        if missing := set(self._finetune.target_modules) - names:
+        names = linear_names(layer)
+        if missing := set(self._finetune.target_modules).difference(names):
             raise ConfigError(
                 f"finetune.target_modules={list(self._finetune.target_modules)}: the target's "
                 f"layers have no linear layer called {', '.join(sorted(missing))}, but "
-                f"{', '.join(sorted(names))}; name some of these, or leave it empty for all"
+                f"{', '.join(names)}; name some of these, or leave it empty for all"
             )
 
     def freeze(self, module: nn.Module) -> None:
@@ -70,14 +78,15 @@ class StageAdapters:
             path: of the layer in the model.
             device: where quantized weights are made.
         """
-        names = sorted({path.rsplit(".", 1)[-1] for path, _ in _linear_layers(layer)})
+        names = linear_names(layer)
         if self._finetune.method != "lora":
             _quantize(layer, self._finetune.method, device)
         self.freeze(layer)
         config = lora_config(self._finetune)
         config.target_modules = set(self._finetune.target_modules or names)
         peft: Any = importlib.import_module("peft")
-        peft.inject_adapter_in_model(config, layer)
+        with quiet_peft():
+            peft.inject_adapter_in_model(config, layer)
         adapters = {
             f"{self.prefix}{path}.{name}": parameter
             for name, parameter in layer.named_parameters()
@@ -90,16 +99,36 @@ class StageAdapters:
         layer.to(device)
 
 
-def _linear_layers(layer: nn.Module) -> Iterator[tuple[str, Any]]:
-    for path, module in layer.named_modules():
-        if isinstance(module, LINEAR):
-            yield path, module
+def merged_weights(layer: nn.Module) -> dict[str, Tensor]:
+    """The weights of an adapted layer by the names that they had, float32, adapters added to them.
+
+    Quantized ones are what they stand for, as `core.models.adapters.merge_adapters` has it.
+    """
+    integrations: Any = importlib.import_module("peft.utils.integrations")
+    found: dict[str, Tensor] = {}
+    for name, parameter in layer.named_parameters():
+        path, _, last = name.rpartition(".")
+        if ".lora_" in name:
+            continue
+        place = path.removesuffix(BASE)
+        value = parameter.detach()
+        if place != path and last == "weight":
+            tuner: Any = layer.get_submodule(place)
+            whole = integrations.dequantize_module_weight(tuner.base_layer).detach().float()
+            value = whole + tuner.get_delta_weight("default").detach().float()
+            if getattr(tuner.base_layer, TRANSPOSED, False):
+                value = value.T
+        found[f"{place}.{last}"] = value.float().contiguous()
+    return found
 
 
 def _quantize(layer: nn.Module, method: str, device: torch.device) -> None:
     """Replace linear layers by bitsandbytes' of 4 or 8 bits, as transformers does on loading."""
     bnb: Any = importlib.import_module("bitsandbytes")
-    for path, module in list(_linear_layers(layer)):
+    linear: list[tuple[str, Any]] = [
+        (path, part) for path, part in layer.named_modules() if isinstance(part, LINEAR)
+    ]
+    for path, module in linear:
         weight = module.weight.data
         if isinstance(module, Conv1D):
             weight = weight.T.contiguous()
@@ -117,6 +146,7 @@ def _quantize(layer: nn.Module, method: str, device: torch.device) -> None:
             packed = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
         small.weight = packed.to(device)
         small.bias = module.bias
+        setattr(small, TRANSPOSED, isinstance(module, Conv1D))
         parent, _, name = path.rpartition(".")
         setattr(layer.get_submodule(parent), name, small)
     unpack_for_training(layer)

@@ -7,11 +7,13 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 
+from core.models.stage_adapters import merged_weights
 from core.models.stages import ModelStages
 
 FILE_BYTES = 5 * 10**9
@@ -31,6 +33,35 @@ def write_stages(stages: ModelStages, weights: Path, folder: Path) -> None:
     with safe_open(weights, framework="pt") as file:
         for names in stages.block_names():
             writer.add({name: file.get_tensor(name) for name in names})
+    writer.finish()
+
+
+def write_merged(stages: ModelStages, weights: Path, folder: Path, dtype: torch.dtype) -> None:
+    """Write an HF folder of a model with its adapters merged into it, block by block.
+
+    Args:
+        stages: the model with adapters, float32; nothing of it is built yet, or kept.
+        weights: a safetensors file of the adapters' weights, by their names.
+        folder: to be made.
+        dtype: of the folder.
+    """
+    assert stages.folder is not None and stages.adapters is not None
+    writer = StageWriter(ModelStages(stages.folder, dtype=dtype), folder)
+    last = stages.num_layers + 1
+    with safe_open(weights, framework="pt") as file:
+        for number, names in enumerate(stages.block_names()):
+            if not 0 < number < last:
+                writer.add(stages.read_block(number, names))
+                continue
+            path, layer = stages.build_layer(number - 1)
+            before = f"{stages.adapters.prefix}{path}."
+            with torch.no_grad():
+                for name, parameter in layer.named_parameters():
+                    if ".lora_" in name:
+                        parameter.copy_(file.get_tensor(f"{before}{name}"))
+            found = merged_weights(layer)
+            writer.add({f"{path}.{name}": tensor for name, tensor in found.items()})
+            stages.drop_layer(number - 1)
     writer.finish()
 
 

@@ -173,6 +173,33 @@ class ModelStages:
                 f"{type(self.skeleton).__name__}, among them {missing[0]}; give a whole checkpoint"
             )
 
+    def build_layer(self, index: int) -> tuple[str, nn.Module]:
+        """A decoder layer with its weights, and adapters where there are some; and its path."""
+        layer = self._layers[index]
+        path = self._paths[id(layer)]
+        self.build(layer)
+        if self.adapters is not None:
+            self.adapters.adapt(layer, path, self.device)
+        return path, layer
+
+    def drop_layer(self, index: int) -> None:
+        """Forget a layer that has been built, and is not to be again."""
+        self._layers[index] = nn.Identity()
+
+    def read_block(self, number: int, names: Sequence[str]) -> dict[str, Tensor]:
+        """Weights of the first or the last block (`block_names`), which are dropped again."""
+        if number == 0:
+            entry = [self._module(name) for name in self.family.entry]
+            modules = [self._module(self.family.embedding), *entry]
+        else:
+            modules = [final_norm(self.family), *([] if self.tied else [self._head])]
+        self.build(*modules)
+        built = dict(self.skeleton.named_parameters())
+        found = {name: built[name].detach() for name in names}
+        for module in modules:
+            module.to("meta")
+        return found
+
     def names(self) -> dict[str, nn.Parameter]:
         """HF name → weight, of what has been built here; a tied one has the embedding's name.
 
@@ -333,11 +360,7 @@ class DecoderLayer(nn.Module):
     def __init__(self, stages: ModelStages, index: int) -> None:
         super().__init__()
         self._family, self._index = stages.family, index
-        self.module = stages._layers[index]
-        stages.build(self.module)
-        if stages.adapters is not None:
-            path = stages._paths[id(self.module)]
-            stages.adapters.adapt(self.module, path, stages.device)
+        _, self.module = stages.build_layer(index)
 
     def forward(self, inputs: Pair) -> Pair:
         """[B, T, H] → [B, T, H]."""

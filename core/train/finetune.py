@@ -30,7 +30,7 @@ from core.models.adapters import (
 )
 from core.models.folder import model_folder
 from core.models.stage_adapters import StageAdapters
-from core.models.stage_saving import write_stages
+from core.models.stage_saving import write_merged, write_stages
 from core.models.stages import ModelStages
 from core.models.target import load_tokenizer, target_fingerprint, target_folder
 from core.provenance import git_revision, versions
@@ -218,10 +218,14 @@ def save_result(task: FinetuneTask, output: Path, weights: Path) -> dict[str, An
         trained = load_file(weights)
         sizes["adapter_bytes"] = save_adapters(adapters, trained, finetune, target, task.target)
     with model_folder(output / MODEL_FOLDER, target) as (folder, dtype):
-        if finetune.method != "full":
+        pipeline = task.config.train.parallelism == "pipeline"
+        if finetune.method != "full" and pipeline:
+            adapted = ModelStages(target, adapters=StageAdapters(finetune))
+            write_merged(adapted, weights, folder, dtype)
+        elif finetune.method != "full":
             merged: Any = merge_adapters(target, adapters)
             merged.to(dtype).save_pretrained(folder)
-        elif task.config.train.parallelism == "pipeline":
+        elif pipeline:
             # Of a model that may be larger than any worker's memory.
             write_stages(ModelStages(target, dtype=dtype), weights, folder)
         else:
