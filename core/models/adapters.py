@@ -20,7 +20,7 @@ from typing import Any, cast
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from core.config import FinetuneConfig
@@ -199,7 +199,7 @@ def linear_names(module: nn.Module) -> list[str]:
 
     Of a mixture these are not its experts, which are one parameter together, nor its router.
     """
-    head = module.get_output_embeddings() if hasattr(module, "get_output_embeddings") else None
+    head = module.get_output_embeddings() if isinstance(module, PreTrainedModel) else None
     return sorted(
         {
             path.rsplit(".", 1)[-1]

@@ -176,7 +176,7 @@ def _offload(config: TrainConfig) -> dict[str, Any]:
 def _zeropp(config: TrainConfig, world_size: int) -> dict[str, Any]:
     # Every launcher sets it.
     of_node = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
-    values = {
+    values: dict[str, dict[str, Any]] = {
         "hpz": {"zero_hpz_partition_size": of_node},
         "qwz": {"zero_quantized_weights": True},
         "qgz": {"zero_quantized_gradients": True},
