@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncGenerator, Iterable, Iterator
 from contextlib import aclosing
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from core.config import Config
@@ -78,6 +78,10 @@ class DecoderReplica:
         await self.heads.start()
         if not self._loop.healthy:
             raise DecodingError("the decoder fails in every round")
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """Called by Ray Serve about once a second, for `serve.autoscaling`."""
+        return asdict(self._loop.load())
 
     async def generate(self, request: Generation) -> AsyncGenerator[Event, None]:
         """Yields `Rejected` alone, or `Accepted`, a `Progressed` a round, a `Finished` a choice.
