@@ -167,6 +167,8 @@ def _running_replicas() -> int:
     ray_actor_options={"num_cpus": 0},
     max_ongoing_requests=1000,
     graceful_shutdown_timeout_s=GRACEFUL_SHUTDOWN_S,
+    # The next one takes over before this one stops.
+    max_surge_percent=100,
 )
 @ray_serve.ingress()
 class Ingress:
@@ -209,6 +211,7 @@ def build_app(args: Config) -> ray_serve.Application:
         max_ongoing_requests=decode.batch_size + decode.max_waiting + MAX_REFUSED_AT_ONCE,
         max_queued_requests=decode.max_waiting,
         graceful_shutdown_timeout_s=GRACEFUL_SHUTDOWN_S,
+        max_surge_percent=config.max_surge_percent,
         max_constructor_retry_count=MAX_STARTS,
     )
     desk: Any = ray_serve.deployment(HeadDesk, name=DESK, ray_actor_options={"num_cpus": 0})

@@ -17,9 +17,9 @@ from core.models.target import target_fingerprint
 from core.models.tiny import save_tiny_target, tiny_config
 from core.paths import resolve_path
 from core.runtime.conversion import with_converted_target
+from core.runtime.load.servers import free_port
 from serve import run
 from serve.app import build_app
-from tests.e2e.serving import free_port
 
 CONFIG = Path(__file__).parents[2] / "configs" / "serve_smollm2.yaml"
 HEAD = Path(__file__).parents[2] / "serve" / "heads" / "smollm2-135m-instruct"

@@ -121,6 +121,13 @@ class ServeConfig(Section):
     downscale_delay_s: float = setting(
         300.0, "seconds for which fewer must be wanted before one is taken away", ge=0
     )
+    max_surge_percent: int = setting(
+        100,
+        "replicas that an update may start before it stops old ones, in % of those there are; "
+        "with 0, or on one machine without room for another one, requests wait meanwhile",
+        ge=0,
+        le=100,
+    )
     autoscaling_log: str | None = setting(
         None,
         "file, where Serve's controller runs, to which the inputs and decisions of autoscaling "

@@ -18,7 +18,7 @@ from core.config import Config
 from core.errors import ConfigError
 from core.progress import say
 from core.runtime.load.client import Client, Reply
-from core.runtime.load.drive import Questions, closed_loop, sampled
+from core.runtime.load.drive import Questions, closed_loop, lasting, sampled
 from core.runtime.load.figures import figures, print_checks, print_rows
 from core.runtime.load.servers import aerie_server
 
@@ -79,7 +79,7 @@ async def _phases(
         questions = Questions(prompts, phase.max_tokens)
         if phase.clients:
             replies: list[Reply] = await closed_loop(
-                client, questions, phase.clients, phase.seconds
+                client, questions, phase.clients, lasting(phase.seconds)
             )
         else:
             await asyncio.sleep(phase.seconds)

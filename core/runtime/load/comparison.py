@@ -12,7 +12,7 @@ from typing import Any
 from core.config import Config
 from core.progress import say
 from core.runtime.load.client import Client, Question
-from core.runtime.load.drive import Questions, closed_loop
+from core.runtime.load.drive import Questions, closed_loop, lasting
 from core.runtime.load.figures import figures, print_checks, print_rows
 from core.runtime.load.servers import Server, aerie_server, vllm_server
 
@@ -39,7 +39,10 @@ async def comparison(config: Config, prompts: Sequence[str], folder: Path) -> Ma
         for name, client in clients.items():
             say("load_test", f"{name}: {load.warm_up_s:g} s to warm up")
             await closed_loop(
-                client, Questions(prompts, load.max_tokens), max(load.client_counts), load.warm_up_s
+                client,
+                Questions(prompts, load.max_tokens),
+                max(load.client_counts),
+                lasting(load.warm_up_s),
             )
         for repeat in range(load.repeats):
             for count in load.client_counts:
@@ -47,7 +50,9 @@ async def comparison(config: Config, prompts: Sequence[str], folder: Path) -> Ma
                 for name in names[repeat % len(names) :] + names[: repeat % len(names)]:
                     say("load_test", f"{name}: {count} clients, {load.seconds:g} s")
                     questions = list(islice(_from(prompts, load.max_tokens, repeat), 10_000))
-                    replies = await closed_loop(clients[name], questions, count, load.seconds)
+                    replies = await closed_loop(
+                        clients[name], questions, count, lasting(load.seconds)
+                    )
                     found.setdefault(f"{name}, {count}", []).append(figures(replies))
     rows = {name: _median(repeats) for name, repeats in found.items()}
     failed = sum(row["failed"] + row["refused"] for row in rows.values())

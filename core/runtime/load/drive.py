@@ -27,20 +27,37 @@ class Questions:
         return Question(next(self._prompts), self.max_tokens, next(self._streamed))
 
 
+def lasting(seconds: float) -> Callable[[], bool]:
+    """Whether so much time has not passed since this call."""
+    deadline = time.monotonic() + seconds
+    return lambda: time.monotonic() < deadline
+
+
 async def closed_loop(
-    client: Client, questions: Iterable[Question], clients: int, seconds: float
+    client: Client,
+    questions: Iterable[Question],
+    clients: int,
+    going: Callable[[], bool],
+    told: Callable[[Reply], None] = lambda reply: None,
 ) -> list[Reply]:
-    """Clients that each ask as soon as they are answered; all answers that began in the time.
+    """Clients that each ask as soon as they are answered, as long as it is going.
 
     One that is refused waits a moment, as any client would.
+
+    Args:
+        client: of the server.
+        questions: what they ask, in turn.
+        clients: how many.
+        going: whether they ask on.
+        told: hears of every reply as it comes.
     """
     source, replies = iter(questions), list[Reply]()
-    deadline = time.monotonic() + seconds
 
     async def ask_on() -> None:
-        while time.monotonic() < deadline:
+        while going():
             reply = await client.ask(next(source))
             replies.append(reply)
+            told(reply)
             if reply.error is not None:
                 await asyncio.sleep(0.5)
 

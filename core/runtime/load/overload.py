@@ -9,7 +9,7 @@ from typing import Any
 from core.config import Config
 from core.progress import say
 from core.runtime.load.client import Client
-from core.runtime.load.drive import Questions, closed_loop, open_loop
+from core.runtime.load.drive import Questions, closed_loop, lasting, open_loop
 from core.runtime.load.figures import figures, print_checks, print_rows
 from core.runtime.load.servers import aerie_server
 
@@ -32,16 +32,16 @@ async def overload(config: Config, prompts: Sequence[str], folder: Path) -> Mapp
     with aerie_server(config, folder) as server:
         async with Client(server.url, server.model) as client:
             say("load_test", f"{places} clients, {load.warm_up_s:g} s to warm up")
-            await closed_loop(client, questions, places, load.warm_up_s)
+            await closed_loop(client, questions, places, lasting(load.warm_up_s))
             say("load_test", f"{places} clients, {load.seconds:g} s: the capacity")
-            replies = await closed_loop(client, questions, places, load.seconds)
+            replies = await closed_loop(client, questions, places, lasting(load.seconds))
             parts["at capacity"] = figures(replies)
             rate = load.overload * parts["at capacity"]["requests_per_second"]
             say("load_test", f"{rate:.1f} requests a second, {load.seconds:g} s")
             replies = await open_loop(client, questions, rate, load.seconds)
             parts["overloaded"] = figures(replies)
             say("load_test", f"{places} clients again, {load.seconds:g} s")
-            replies = await closed_loop(client, questions, places, load.seconds)
+            replies = await closed_loop(client, questions, places, lasting(load.seconds))
             parts["afterwards"] = figures(replies)
     return {"parts": parts, "kept": _promises(parts)}
 

@@ -75,17 +75,27 @@ class Server:
 
 @contextmanager
 def aerie_server(config: Config, folder: Path, name: str = "serve") -> Iterator[Server]:
-    """`python -m serve.run` with a config, on a free port; its output is `<name>.log`."""
+    """`python -m serve.run` with a config, on a free port; its output is `<name>.log`.
+
+    Raises:
+        StageError: it did not start, or did not end in good order.
+    """
     config = config.replace(serve={"host": "127.0.0.1", "port": free_port()})
-    file = folder / f"{name}.yaml"
-    file.write_text(yaml.safe_dump(config.model_dump(mode="json")))
-    command = [sys.executable, "-m", "serve.run", "--config", str(file)]
+    write_config(config, folder / f"{name}.yaml")
+    command = [sys.executable, "-m", "serve.run", "--config", str(folder / f"{name}.yaml")]
     # Of what Aerie starts, nothing waits for a model hub that may be out of reach.
     with _running(command, folder / f"{name}.log", {"HF_HUB_OFFLINE": "1"}) as process:
         server = Server(f"http://127.0.0.1:{config.serve.port}", config.serve.model_name, process)
         log = folder / f"{name}.log"
         _wait(process, log, lambda: "Ready: " in log.read_text(errors="replace"))
         yield server
+    if process.returncode:
+        raise StageError(f"the server ended with {process.returncode}; see {log}")
+
+
+def write_config(config: Config, path: Path) -> None:
+    """As `load_config` reads it."""
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
 
 
 @contextmanager
@@ -127,7 +137,7 @@ def _running(
             stdout=output,
             stderr=subprocess.STDOUT,
             # A group of its own, so that all of it can be ended.
-            start_new_session=True,
+            process_group=0,
         )
     try:
         yield process

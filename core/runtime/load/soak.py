@@ -11,7 +11,7 @@ from typing import Any
 from core.config import Config
 from core.progress import say
 from core.runtime.load.client import Client, Reply
-from core.runtime.load.drive import Questions, closed_loop, sampled
+from core.runtime.load.drive import Questions, closed_loop, lasting, sampled
 from core.runtime.load.equality import check_equality
 from core.runtime.load.figures import figures, print_checks, print_rows
 from core.runtime.load.servers import aerie_server
@@ -30,14 +30,14 @@ async def soak(config: Config, prompts: Sequence[str], folder: Path) -> Mapping[
     with aerie_server(config, folder) as server:
         async with Client(server.url, server.model) as client:
             say("load_test", f"{load.clients} clients, {load.warm_up_s:g} s to warm up")
-            await closed_loop(client, questions, load.clients, load.warm_up_s)
+            await closed_loop(client, questions, load.clients, lasting(load.warm_up_s))
             say("load_test", f"{load.clients} clients, {load.seconds:g} s")
             began = time.monotonic()
 
             async def look() -> None:
                 memory.append({"seconds": time.monotonic() - began, **server.resident_mb()})
 
-            work = closed_loop(client, questions, load.clients, load.seconds)
+            work = closed_loop(client, questions, load.clients, lasting(load.seconds))
             replies = await sampled(work, look, SAMPLE_EVERY_S)
     report = {"load": figures(replies), "memory_mb": memory, "drift": _drifts(memory)}
     report["equality"] = check_equality(config, _spread(replies, load.sample), _threads(config))
