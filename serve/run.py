@@ -102,6 +102,7 @@ def _renewed(config: Config, read: Callable[[], Config]) -> Config:
     try:
         new = check(with_converted_target(read()))
         _check_change(config, new)
+        check_room(new)
     except UserError as error:
         say(NAME, f"nothing is changed: {error}")
         return config
@@ -175,6 +176,17 @@ def check_machine(config: Config) -> None:
     Raises:
         ResourceError: fewer CPUs or GPUs than the replicas ask for, or the port is taken.
     """
+    check_room(config)
+    if not on_cluster(config.cluster):
+        check_port(config.serve.host, config.serve.port)
+
+
+def check_room(config: Config) -> None:
+    """The same for the replicas alone.
+
+    Raises:
+        ResourceError: fewer CPUs or GPUs than they ask for.
+    """
     if on_cluster(config.cluster):
         return
     settings, resources = config.serve, ray.cluster_resources()
@@ -185,7 +197,6 @@ def check_machine(config: Config) -> None:
                 f"serve.replicas={settings.replicas} × serve.{name.lower()}s_per_replica={each:g} "
                 f"need {wanted:g} {name}s, {there:g} are there; lower one of them"
             )
-    check_port(config.serve.host, config.serve.port)
 
 
 def check_port(host: str, port: int) -> None:
