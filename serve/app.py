@@ -15,7 +15,7 @@ from typing import Any
 from fastapi import FastAPI
 from ray import serve as ray_serve
 from ray.exceptions import RayActorError, RayTaskError
-from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
 from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
 
@@ -29,6 +29,7 @@ from serve.generation import Event, Generation, Prompt, Rejected, Tokens
 from serve.keys import admin_key_hashes, key_hashes
 from serve.replica import RETRY_AFTER_S, DecoderReplica
 from serve.retry import ReplicaLostError, lost_for_good
+from serve.routing import PrefixRouter
 
 DECODER = "Decoder"
 # Its `user_config` {"path": …, "canary": …} brings a draft head into service.
@@ -208,6 +209,11 @@ def build_app(args: Config) -> ray_serve.Application:
             "num_gpus": config.gpus_per_replica,
         },
         autoscaling_config=_autoscaling(config, decode),
+        # More in one replica than a part of a batch would be waited for longer than read anew.
+        request_router_config=RequestRouterConfig(
+            request_router_class=PrefixRouter,
+            request_router_kwargs={"most_ahead": max(1, decode.batch_size // 4)},
+        ),
         max_ongoing_requests=decode.batch_size + decode.max_waiting + MAX_REFUSED_AT_ONCE,
         max_queued_requests=decode.max_waiting,
         graceful_shutdown_timeout_s=GRACEFUL_SHUTDOWN_S,
