@@ -66,7 +66,7 @@ def router(busy: dict[str, int | None]) -> tuple[PrefixRouter, list[Any]]:
 def ranks(busy: dict[str, int | None], request: object) -> list[list[str]]:
     async def work() -> list[list[str]]:
         made, replicas = router(busy)
-        pending = PendingRequest(args=[request], kwargs={}, metadata=None)  # type: ignore[arg-type]
+        pending = PendingRequest(args=[request], kwargs={}, metadata=None)
         chosen = await made.choose_replicas(replicas, pending)
         return [[one.replica_id.unique_id for one in group] for group in chosen]
 
