@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import socket
@@ -23,6 +24,8 @@ from core.errors import InputError, StageError
 from core.progress import say
 
 START_TIMEOUT_S = 600.0
+# Of Linux's prctl: the signal that a process gets when its parent has ended.
+PR_SET_PDEATHSIG = 1
 STOP_TIMEOUT_S = 120.0
 # Ray names its processes after what they do; what it adds behind is left out.
 KINDS = {
@@ -99,10 +102,13 @@ def write_config(config: Config, path: Path) -> None:
 
 
 @contextmanager
-def vllm_server(
-    python: str, config: Config, folder: Path, options: Sequence[str] = ()
-) -> Iterator[Server]:
-    """vLLM's OpenAI server with the same target in the same dtype, in its own environment."""
+def vllm_server(python: str, config: Config, folder: Path) -> Iterator[Server]:
+    """vLLM's OpenAI server with the same target in the same dtype, in its own environment.
+
+    Raises:
+        InputError: there is no such Python.
+        StageError: it did not start.
+    """
     if not Path(python).is_file():
         raise InputError(f"load.vllm_python={python}: no such file; give that environment's Python")
     port, target = free_port(), str(config.target.path)
@@ -110,8 +116,16 @@ def vllm_server(
     command += ["--served-model-name", config.serve.model_name, "--port", str(port)]
     command += ["--dtype", config.target.dtype, "--host", "127.0.0.1"]
     command += ["--max-num-seqs", str(config.decode.batch_size)]
-    command += ["--max-model-len", str(config.decode.max_context), *options]
-    environment = {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_NO_USAGE_STATS": "1"}
+    command += ["--max-model-len", str(config.decode.max_context)]
+    # Compiling takes minutes, and on a CPU brings nothing.
+    command += ["--enforce-eager"]
+    cores = max(1, int(config.serve.cpus_per_replica))
+    environment = {
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_CPU_KVCACHE_SPACE": "2",
+        "VLLM_CPU_OMP_THREADS_BIND": f"0-{cores - 1}",
+        "VLLM_NO_USAGE_STATS": "1",
+    }
     with _running(command, folder / "vllm.log", environment) as process:
         server = Server(f"http://127.0.0.1:{port}", config.serve.model_name, process)
         _wait(process, folder / "vllm.log", lambda: _answers(f"{server.url}/health"))
@@ -136,8 +150,9 @@ def _running(
             env={**os.environ, **environment},
             stdout=output,
             stderr=subprocess.STDOUT,
-            # A group of its own, so that all of it can be ended.
+            # A group of its own, so that all of it can be ended; and it ends with this process.
             process_group=0,
+            preexec_fn=_end_with_parent,
         )
     try:
         yield process
@@ -147,6 +162,10 @@ def _running(
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+
+
+def _end_with_parent() -> None:
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _wait(process: subprocess.Popen[bytes], log: Path, ready: Callable[[], bool]) -> None:
