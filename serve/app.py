@@ -15,19 +15,21 @@ from typing import Any
 from fastapi import FastAPI
 from ray import serve as ray_serve
 from ray.exceptions import RayActorError, RayTaskError
-from ray.serve.config import AutoscalingConfig
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
 from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
 
-from core.config import Config, ServeConfig
+from core.config import Config, DecodeConfig, ServeConfig
 from core.errors import ConfigError
 from serve.api import build_api
+from serve.autoscaling import BacklogPolicy
 from serve.desk import Decision, Head, HeadDesk
 from serve.errors import ApiError, internal_error
 from serve.generation import Event, Generation, Prompt, Rejected, Tokens
 from serve.keys import admin_key_hashes, key_hashes
 from serve.replica import RETRY_AFTER_S, DecoderReplica
 from serve.retry import ReplicaLostError, lost_for_good
+from serve.routing import PrefixRouter
 
 DECODER = "Decoder"
 # Its `user_config` {"path": …, "canary": …} brings a draft head into service.
@@ -37,6 +39,8 @@ DESK = "Heads"
 MAX_REFUSED_AT_ONCE = 64
 # A replica that is replaced first finishes what it has begun.
 GRACEFUL_SHUTDOWN_S = 600.0
+# How often replicas tell of their load, and how long that counts.
+METRICS_EVERY_S, LOOK_BACK_S = 1.0, 10.0
 # Failed starts before a deployment is given up. A broken config fails every time.
 MAX_STARTS = 2
 
@@ -119,6 +123,25 @@ class ServedDesk:
             raise error.cause from error
 
 
+def _autoscaling(config: ServeConfig, decode: DecodeConfig) -> AutoscalingConfig:
+    log = config.autoscaling_log
+    return AutoscalingConfig(
+        min_replicas=config.replicas,
+        max_replicas=config.max_replicas,
+        policy=AutoscalingPolicy(
+            policy_function=BacklogPolicy,
+            policy_kwargs={"target_backlog_s": config.target_backlog_s, "log": log},
+        ),
+        upscale_delay_s=config.upscale_delay_s,
+        downscale_delay_s=config.downscale_delay_s,
+        metrics_interval_s=METRICS_EVERY_S,
+        look_back_period_s=LOOK_BACK_S,
+        # Of Serve's own policy, which is only written down beside ours: a replica whose batch is
+        # full wants another one.
+        target_ongoing_requests=decode.batch_size,
+    )
+
+
 def _api_error(error: Exception) -> ApiError:
     if isinstance(error, BackPressureError):
         return ApiError(
@@ -145,6 +168,8 @@ def _running_replicas() -> int:
     ray_actor_options={"num_cpus": 0},
     max_ongoing_requests=1000,
     graceful_shutdown_timeout_s=GRACEFUL_SHUTDOWN_S,
+    # The next one takes over before this one stops.
+    max_surge_percent=100,
 )
 @ray_serve.ingress()
 class Ingress:
@@ -183,15 +208,16 @@ def build_app(args: Config) -> ray_serve.Application:
             "num_cpus": config.cpus_per_replica,
             "num_gpus": config.gpus_per_replica,
         },
-        autoscaling_config=AutoscalingConfig(
-            min_replicas=config.replicas,
-            max_replicas=config.max_replicas,
-            # A replica whose batch is full wants another one beside it.
-            target_ongoing_requests=decode.batch_size,
+        autoscaling_config=_autoscaling(config, decode),
+        # More in one replica than a part of a batch would be waited for longer than read anew.
+        request_router_config=RequestRouterConfig(
+            request_router_class=PrefixRouter,
+            request_router_kwargs={"most_ahead": max(1, decode.batch_size // 4)},
         ),
         max_ongoing_requests=decode.batch_size + decode.max_waiting + MAX_REFUSED_AT_ONCE,
         max_queued_requests=decode.max_waiting,
         graceful_shutdown_timeout_s=GRACEFUL_SHUTDOWN_S,
+        max_surge_percent=config.max_surge_percent,
         max_constructor_retry_count=MAX_STARTS,
     )
     desk: Any = ray_serve.deployment(HeadDesk, name=DESK, ray_actor_options={"num_cpus": 0})

@@ -43,6 +43,7 @@ class Generation:
         stops: strings, before the first of which the text ends.
         stop_token_ids: tokens that end it; they are its last.
         echo: whether the text begins with the prompt's.
+        schema: a JSON schema, as JSON, that the answers must follow.
     """
 
     prompts: tuple[Prompt, ...]
@@ -54,6 +55,7 @@ class Generation:
     stops: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     echo: bool = False
+    schema: str | None = None
 
     @property
     def num_answers(self) -> int:

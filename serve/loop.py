@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from core.errors import AerieError, BusyError
+from serve.pace import Load, Pace
 
 if TYPE_CHECKING:
     from core.decode.engine import SpeculativeDecoder
@@ -56,6 +57,7 @@ class Turn:
         open: whether anybody waits for more of it.
         id: the decoder's name for it; None until it is taken in.
         started: when its prompt began to be read (monotonic); None while it waits.
+        tokens: given so far.
     """
 
     visit: Visit
@@ -65,6 +67,7 @@ class Turn:
     open: bool = True
     id: int | None = None
     started: float | None = None
+    tokens: int = 0
 
     def give_up(self) -> None:
         """There are no more events of it; its rows are free when the round that runs is over."""
@@ -127,6 +130,8 @@ class DecodingLoop:
         self.most = config.batch_size + config.max_waiting
         self._changed = threading.Condition()
         self._turns: list[Turn] = []
+        self._pace = Pace()
+        self._refused = 0
         self._closing = False
         # A daemon: a process that has to end does not wait for an answer.
         self._thread = threading.Thread(target=self._run, name="decoder", daemon=True)
@@ -148,6 +153,7 @@ class DecodingLoop:
                 raise ClosingError("this replica is shutting down; try again")
             there = sum(turn.open for turn in self._turns)
             if there + len(requests) > self.most:
+                self._refused += 1
                 raise BusyError(
                     f"{there} of at most {self.most} requests are decoded or wait already, and "
                     f"{len(requests)} more do not fit; try again later"
@@ -166,6 +172,23 @@ class DecodingLoop:
     def healthy(self) -> bool:
         """Whether a new request has a chance."""
         return self._thread.is_alive() and self.lane.failures < MOST_FAILURES
+
+    def load(self) -> Load:
+        """What is to be done, and how fast that goes."""
+        pace = self._pace
+        with self._changed:
+            turns = [turn for turn in self._turns if turn.open]
+            running = sum(turn.started is not None for turn in turns)
+            backlog = sum(pace.left(turn.tokens, turn.request.max_new_tokens) for turn in turns)
+            return Load(
+                running=running,
+                waiting=len(turns) - running,
+                backlog_tokens=backlog,
+                tokens=pace.tokens,
+                refused=self._refused,
+                tokens_per_second=pace.tokens_per_second,
+                full_tokens_per_second=pace.full_tokens_per_second,
+            )
 
     # In the thread
 
@@ -221,11 +244,16 @@ class DecodingLoop:
         waiting = {sequence.id for sequence in lane.decoder.scheduler.waiting}
         with self._changed:
             turns = [turn for turn in self._turns if turn.lane is lane]
-        by_id = {turn.id: turn for turn in turns if turn.id is not None}
-        for number, turn in by_id.items():
-            if turn.started is None and number not in waiting:
-                turn.started = began
-        told = [(by_id[event.request_id], event) for event in events]
+            by_id = {turn.id: turn for turn in turns if turn.id is not None}
+            for number, turn in by_id.items():
+                if turn.started is None and number not in waiting:
+                    turn.started = began
+            told = [(by_id[event.request_id], event) for event in events]
+            for turn, event in told:
+                turn.tokens += len(event.round.tokens)
+            at_work = sum(turn.started is not None for turn in by_id.values())
+            tokens = sum(len(event.round.tokens) for event in events)
+            self._pace.note(at_work, tokens, time.monotonic() - began)
         self._forget([turn for turn, event in told if event.ending is not None])
         for turn, event in told:
             _hand_over(turn.visit, (turn, event))
@@ -237,6 +265,9 @@ class DecodingLoop:
 
     def _forget(self, turns: Sequence[Turn]) -> None:
         with self._changed:
+            for turn in turns:
+                if turn.tokens:
+                    self._pace.ended(turn.tokens, turn.request.max_new_tokens)
             self._turns = [turn for turn in self._turns if turn not in turns]
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -40,6 +42,39 @@ class ChatMessage(Body):
         return "".join(part.text for part in self.content)
 
 
+class JsonSchema(Body):
+    """A schema by name; `strict` changes nothing, since answers always follow it."""
+
+    name: Unicode | None = None
+    description: Unicode | None = None
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: bool = False
+
+
+class ResponseFormat(Body):
+    """What an answer must be."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _schema_belongs_to_its_type(self) -> ResponseFormat:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError('json_schema and type: "json_schema" belong together; give both')
+        try:
+            self.schema_text  # noqa: B018
+        except RecursionError as error:
+            raise ValueError("the schema is nested too deeply") from error
+        return self
+
+    @property
+    def schema_text(self) -> str | None:
+        """The JSON schema that it stands for, as JSON."""
+        if self.json_schema is not None:
+            return json.dumps(self.json_schema.schema_)
+        return json.dumps({"type": "object"}) if self.type == "json_object" else None
+
+
 def conversation(messages: Sequence[ChatMessage]) -> Conversation:
     """The messages as templates know them: the system's role has a newer name at OpenAI."""
     return Conversation(
@@ -61,7 +96,6 @@ class ChatRequest(SampledBody):
         "function_call": ("none",),
         "functions": ([],),
         "modalities": (["text"],),
-        "response_format": ({"type": "text"},),
         "tool_choice": ("none", "auto"),
         "tools": ([],),
     }
@@ -69,6 +103,7 @@ class ChatRequest(SampledBody):
     messages: list[ChatMessage] = Field(min_length=1)
     max_tokens: int | None = Field(None, ge=1, description="the older name of the next one")
     max_completion_tokens: int | None = Field(None, ge=1)
+    response_format: ResponseFormat | None = None
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=MOST_TOP_LOGPROBS)
 
@@ -82,7 +117,9 @@ class ChatRequest(SampledBody):
         """What the decoder is asked."""
         limit = self.max_completion_tokens or self.max_tokens
         logprobs = (self.top_logprobs or 0) if self.logprobs else None
-        return self.asked([conversation(self.messages)], "messages", limit, logprobs)
+        asked = self.asked([conversation(self.messages)], "messages", limit, logprobs)
+        schema = self.response_format.schema_text if self.response_format else None
+        return replace(asked, schema=schema)
 
     def answer(self, model: str) -> ChatAnswer:
         """What builds the response."""

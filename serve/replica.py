@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncGenerator, Iterable, Iterator
 from contextlib import aclosing
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from core.config import Config
@@ -32,6 +32,7 @@ from serve.text import TextStream
 
 if TYPE_CHECKING:
     from core.decode.engine import SpeculativeDecoder
+    from core.decode.grammar import Constraint
     from core.decode.requests import Event as DecoderEvent
     from core.decode.requests import Request
     from core.decode.sampler import TokenLogprobs
@@ -56,11 +57,15 @@ class DecoderReplica:
             desk: says which draft head to use; None keeps the configured one.
         """
         # torch is imported here and not above: the ingress imports this file, and needs none of it.
+        from core.decode.grammar import JsonGrammars
         from serve.heads import Heads
 
         self._config = config
         decoder = _load(config)
         self._target, self._tokenizer = decoder.target, decoder.target.tokenizer
+        self._grammars = JsonGrammars(
+            self._tokenizer, self._target.vocab_size, self._target.eos_token_ids
+        )
         self._loop = DecodingLoop(decoder)
         self.heads = Heads(config, self._loop, desk)
 
@@ -78,6 +83,10 @@ class DecoderReplica:
         await self.heads.start()
         if not self._loop.healthy:
             raise DecodingError("the decoder fails in every round")
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """Called by Ray Serve about once a second, for `serve.autoscaling`."""
+        return asdict(self._loop.load())
 
     async def generate(self, request: Generation) -> AsyncGenerator[Event, None]:
         """Yields `Rejected` alone, or `Accepted`, a `Progressed` a round, a `Finished` a choice.
@@ -164,6 +173,10 @@ class DecoderReplica:
             settings.check_vocabulary(self._target.vocab_size)
         except UserError as error:
             return Rejected(str(error))
+        try:
+            constraints = [self._constraint(request) for _ in range(request.num_answers)]
+        except UserError as error:
+            return Rejected(str(error), param="response_format")
         most = self._config.serve.max_new_tokens
         return [
             Request(
@@ -172,10 +185,14 @@ class DecoderReplica:
                 settings,
                 None if request.seed is None else request.seed + place,
                 stops,
+                constraint=constraints.pop(),
             )
             for prompt_ids in prompts
             for place in range(request.choices)
         ]
+
+    def _constraint(self, request: Generation) -> Constraint | None:
+        return None if request.schema is None else self._grammars.constraint(request.schema)
 
     def _prompt_ids(self, prompt: Prompt) -> list[int]:
         from core.data.conversations import Message

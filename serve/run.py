@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import logging
+import queue
 import signal
 import socket
 import sys
-import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import FrameType
 
 import ray
@@ -19,7 +19,7 @@ from transformers import AutoConfig
 
 from core.config import Config, describe, load_config
 from core.draft.folder import load_head
-from core.errors import InputError, ResourceError, UserError
+from core.errors import ConfigError, InputError, ResourceError, UserError
 from core.models.target import target_fingerprint, target_folder, target_location
 from core.paths import PACKAGE_SCHEME, resolve_path
 from core.progress import say
@@ -32,31 +32,37 @@ from serve.keys import admin_key_hashes, key_hashes
 NAME = "serve"
 SECTIONS = ("convert", "target", "draft", "decode", "serve", "cluster")
 APPLICATION = "aerie"
+LOGGING = LoggingConfig(log_level="WARNING", enable_access_log=False)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code (0 stopped, 2 bad configuration or input, 1 failure)."""
     arguments = _parser().parse_args(argv)
-    return guarded(lambda: serve(load_config(arguments.config, arguments.overrides)), NAME)
+    return guarded(lambda: serve(lambda: load_config(arguments.config, arguments.overrides)), NAME)
 
 
-def serve(config: Config) -> None:
+def serve(read: Callable[[], Config]) -> None:
     """Serve until SIGINT or SIGTERM, then finish the running answers and stop.
 
+    SIGHUP reads the configuration again and replaces the replicas by new ones, one after the
+    other; no request is lost. A configuration that cannot be used changes nothing.
+
+    Args:
+        read: gives the configuration.
     Raises:
         UserError: a missing or mismatched model, too few CPUs, or a port that is taken.
     """
-    config = check(with_converted_target(config))
-    ready, stop = threading.Event(), threading.Event()
+    config = check(with_converted_target(read()))
     connect(config.cluster, metrics=True)
     try:
         # After connecting, since Ray sets handlers of its own.
-        _stop_on_signals(ready, stop)
+        signals = _Signals()
         check_machine(config)
         start(config)
-        ready.set()
+        signals.ready = True
         print(_how_to_use(config), flush=True)
-        stop.wait()
+        while signals.wait() == signal.SIGHUP:
+            config = _renewed(config, read)
         say(NAME, "finishing running answers, a minute at most; Ctrl-C again stops at once")
         # Not `shutdown`: a cluster may serve other applications.
         ray_serve.delete(APPLICATION)
@@ -71,19 +77,64 @@ def serve(config: Config) -> None:
 
 def start(config: Config) -> None:
     """Deploy on the connected Ray; returns when the replicas are ready."""
+    ray_serve.start(
+        http_options=HTTPOptions(host=config.serve.host, port=config.serve.port),
+        logging_config=LOGGING,
+    )
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    deploy(config)
+
+
+def deploy(config: Config) -> None:
+    """Bring a configuration into service, in place of another one if there is one."""
     measuring = config.draft.path and config.decode.total_tokens == "auto"
     say(
         NAME,
         f"loading {config.target.path} ({config.target.dtype})"
         + (", then measuring which draft tree pays" if measuring else ""),
     )
-    settings = LoggingConfig(log_level="WARNING", enable_access_log=False)
-    ray_serve.start(
-        http_options=HTTPOptions(host=config.serve.host, port=config.serve.port),
-        logging_config=settings,
-    )
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    ray_serve.run(build_app(config), name=APPLICATION, logging_config=settings)
+    app = build_app(_with_surge_that_fits(config))
+    ray_serve.run(app, name=APPLICATION, logging_config=LOGGING)
+
+
+def _renewed(config: Config, read: Callable[[], Config]) -> Config:
+    """The configuration that is in service after an attempt to change it."""
+    try:
+        new = check(with_converted_target(read()))
+        _check_change(config, new)
+        check_room(new)
+    except UserError as error:
+        say(NAME, f"nothing is changed: {error}")
+        return config
+    try:
+        deploy(new)
+    except Exception as error:
+        # Whatever it is: those who are served now must not notice.
+        say(NAME, f"the new configuration does not start, back to the one before: {error}")
+        deploy(config)
+        return config
+    say(NAME, "the new configuration is in service")
+    return new
+
+
+def _check_change(old: Config, new: Config) -> None:
+    for name in ("host", "port"):
+        if getattr(old.serve, name) != getattr(new.serve, name):
+            raise ConfigError(f"serve.{name} cannot change while it serves; stop it and start anew")
+    if old.cluster != new.cluster:
+        raise ConfigError("the section cluster cannot change while it serves; stop it first")
+
+
+def _with_surge_that_fits(config: Config) -> Config:
+    """Where a further replica has no room, an old one has to stop before its successor starts."""
+    settings, resources = config.serve, ray.cluster_resources()
+    most = settings.max_replicas + 1
+    fits = most * settings.cpus_per_replica <= resources.get(
+        "CPU", 0.0
+    ) and most * settings.gpus_per_replica <= resources.get("GPU", 0.0)
+    if fits or on_cluster(config.cluster):
+        return config
+    return config.replace(serve={"max_surge_percent": 0})
 
 
 def check(config: Config) -> Config:
@@ -125,6 +176,17 @@ def check_machine(config: Config) -> None:
     Raises:
         ResourceError: fewer CPUs or GPUs than the replicas ask for, or the port is taken.
     """
+    check_room(config)
+    if not on_cluster(config.cluster):
+        check_port(config.serve.host, config.serve.port)
+
+
+def check_room(config: Config) -> None:
+    """The same for the replicas alone.
+
+    Raises:
+        ResourceError: fewer CPUs or GPUs than they ask for.
+    """
     if on_cluster(config.cluster):
         return
     settings, resources = config.serve, ray.cluster_resources()
@@ -135,7 +197,6 @@ def check_machine(config: Config) -> None:
                 f"serve.replicas={settings.replicas} × serve.{name.lower()}s_per_replica={each:g} "
                 f"need {wanted:g} {name}s, {there:g} are there; lower one of them"
             )
-    check_port(config.serve.host, config.serve.port)
 
 
 def check_port(host: str, port: int) -> None:
@@ -153,16 +214,35 @@ def check_port(host: str, port: int) -> None:
         ) from error
 
 
-def _stop_on_signals(ready: threading.Event, stop: threading.Event) -> None:
-    """The first signal ends the service in good order once it runs; others end it at once."""
+class _Signals:
+    """What a process is told by signals, one after the other.
 
-    def handle(number: int, frame: FrameType | None) -> None:
-        if stop.is_set() or not ready.is_set():
+    Attributes:
+        ready: whether it serves; before, and once it stops, a signal ends it at once.
+    """
+
+    def __init__(self) -> None:
+        """Set the handlers; in the main thread."""
+        self.ready = False
+        # Its `put` may be called in a handler that has interrupted its `get`.
+        self._told: queue.SimpleQueue[int] = queue.SimpleQueue()
+        signal.signal(signal.SIGHUP, self._renew)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._stop)
+
+    def wait(self) -> int:
+        """The next signal."""
+        return self._told.get()
+
+    def _renew(self, number: int, frame: FrameType | None) -> None:
+        if self.ready:
+            self._told.put(number)
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        if not self.ready:
             raise KeyboardInterrupt
-        stop.set()
-
-    signal.signal(signal.SIGINT, handle)
-    signal.signal(signal.SIGTERM, handle)
+        self.ready = False
+        self._told.put(number)
 
 
 def _how_to_use(config: Config) -> str:

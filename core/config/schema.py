@@ -30,6 +30,7 @@ class Config(Section):
     export: sections.ExportConfig = sections.ExportConfig()
     benchmark: sections.BenchmarkConfig = sections.BenchmarkConfig()
     serve: sections.ServeConfig = sections.ServeConfig()
+    load: sections.LoadConfig = sections.LoadConfig()
     tracking: sections.TrackingConfig = sections.TrackingConfig()
     cluster: sections.ClusterConfig = sections.ClusterConfig()
 

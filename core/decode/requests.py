@@ -9,6 +9,7 @@ from typing import Literal
 from torch import Tensor
 
 from core.decode.acceptance import RequestRecord
+from core.decode.grammar import Constraint
 from core.decode.ngram import NgramIndex
 from core.decode.phases import NO_SECONDS, PhaseSeconds
 from core.decode.rows import Stretch
@@ -32,6 +33,7 @@ class Request:
         stop_token_ids: besides the target's end tokens. A stop token ends the answer and is the
             last token given.
         plan: tree of every round; None takes the decoder's, or leaves it to its policy.
+        constraint: that the answer must follow; of this request alone, since it goes on with it.
     """
 
     prompt_ids: Sequence[int]
@@ -40,6 +42,7 @@ class Request:
     seed: int | None = None
     stop_token_ids: frozenset[int] = frozenset()
     plan: TreePlan | None = None
+    constraint: Constraint | None = None
 
 
 @dataclass(frozen=True)
@@ -120,7 +123,9 @@ class DecodedSequence:
     def __post_init__(self) -> None:
         request = self.request
         self.tokens = list(request.prompt_ids)
-        self.sampler = Sampler(request.settings, request.seed, request.prompt_ids)
+        self.sampler = Sampler(
+            request.settings, request.seed, request.prompt_ids, request.constraint
+        )
 
     @property
     def first_row(self) -> int:

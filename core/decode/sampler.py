@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from core.decode.grammar import Constraint
 from core.decode.penalties import Penalties
 from core.decode.sampling import SamplingSettings
 from core.decode.tree import DraftTree
@@ -45,7 +46,11 @@ class Sampler:
     """
 
     def __init__(
-        self, settings: SamplingSettings, seed: int | None, prompt_ids: Sequence[int]
+        self,
+        settings: SamplingSettings,
+        seed: int | None,
+        prompt_ids: Sequence[int],
+        constraint: Constraint | None = None,
     ) -> None:
         """Begin after a prompt.
 
@@ -53,8 +58,9 @@ class Sampler:
             settings: the distribution that is asked for.
             seed: makes sampling repeatable; None draws one.
             prompt_ids: at least one token.
+            constraint: that the output must follow.
         """
-        self.settings = settings
+        self.settings, self._constraint = settings, constraint
         self.logprobs: list[TokenLogprobs] = []
         self._before_output = DraftTree.root_only(prompt_ids[-1])
         self._penalties = Penalties(settings, prompt_ids)
@@ -71,12 +77,16 @@ class Sampler:
     def verify(self, tree: DraftTree, logits_NV: Tensor) -> Verification:
         """Greedy or sampling verification of a tree [N]; the committed tokens become history."""
         processed_NV = self._penalties.apply(tree, logits_NV)
+        if self._constraint is not None:
+            processed_NV = self._constraint.apply(tree, processed_NV)
         if self.settings.greedy:
             found = verify_greedy(tree, processed_NV)
         else:
             found = verify_sampling(tree, processed_NV, self.settings, self._generator)
         tokens = (*(int(tree.token_ids_N[node]) for node in found.path[1:]), found.bonus_id)
         self._penalties.append(tokens)
+        if self._constraint is not None:
+            self._constraint.append(tokens)
         if self.settings.logprobs is not None:
             chosen_PV = logits_NV[list(found.path)]
             self.logprobs += _token_logprobs(tokens, chosen_PV, self.settings.logprobs)

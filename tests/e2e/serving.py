@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import socket
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
 import torch
-import yaml
 from safetensors.torch import load_file, save_file
 
 from core.config import Config
@@ -28,23 +22,22 @@ from core.draft.vocabulary import DraftVocabulary
 from core.models.target import Target, load_target
 from core.models.tiny import save_tiny_target
 from core.models.weights import load_embedding, load_output_head
+from core.runtime.load.servers import Server, aerie_server
 from serve.keys import key_hash
 
 ROOT = Path(__file__).parents[2]
 MAX_CONTEXT = 1 << 16
 PROMPTS = ("Hello!", "Tell me a story.", "What is 2 + 2?")
 ADMIN_KEY = "for /admin"
-START_TIMEOUT_S = 300
-STOP_TIMEOUT_S = 90
 
 
 @dataclass(frozen=True)
 class Served:
-    """A running server, and the process that was started for it."""
+    """A running server."""
 
     url: str
     config: Config
-    process_id: int
+    server: Server
 
 
 def make_models(folder: Path) -> Config:
@@ -68,7 +61,6 @@ def make_models(folder: Path) -> Config:
         draft={"path": str(folder / "head")},
         decode={"total_tokens": 16, "max_context": MAX_CONTEXT, "cache_tokens": MAX_CONTEXT + 100},
         serve={
-            "port": free_port(),
             "model_name": "tiny",
             "cpus_per_replica": 1,
             "admin_keys": (key_hash(ADMIN_KEY),),
@@ -128,39 +120,10 @@ def answered(target: Target, prompt: str, max_new_tokens: int) -> DraftBatch:
     return DraftBatch(ids_BT, features_BTLH, loss_mask_BT, torch.tensor([ids_BT.shape[1]]))
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
-
-
 @contextmanager
 def serving(config: Config, folder: Path) -> Iterator[Served]:
     """Run `python -m serve.run` as a user would, and stop it as a user would."""
-    (folder / "serve.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
-    log = folder / "serve.log"
-    command = [sys.executable, "-m", "serve.run", "--config", str(folder / "serve.yaml")]
-    environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "HF_HUB_OFFLINE": "1"}
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT
-        )
-    try:
-        wait_until_ready(process, log)
-        yield Served(f"http://127.0.0.1:{config.serve.port}", config, process.pid)
-        process.send_signal(signal.SIGINT)
-        assert process.wait(STOP_TIMEOUT_S) == 0, log.read_text()
-    finally:
-        if process.poll() is None:
-            # Ray's processes end with the one that started them.
-            process.kill()
-            process.wait()
-
-
-def wait_until_ready(process: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + START_TIMEOUT_S
-    while "Ready: " not in log.read_text():
-        assert process.poll() is None, f"the server ended:\n{log.read_text()}"
-        assert time.monotonic() < deadline, f"the server did not start:\n{log.read_text()}"
-        time.sleep(0.2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_MODE", "disabled")
+        with aerie_server(config, folder) as server:
+            yield Served(server.url, config, server)

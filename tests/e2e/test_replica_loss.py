@@ -1,101 +1,100 @@
-"""A decoder replica is killed while it answers: the other one finishes what it had begun."""
+"""Processes of the service are killed while it answers: others finish what was begun."""
 
 from __future__ import annotations
 
-import os
-import signal
-import threading
+import asyncio
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import httpx
-import openai
-import psutil
 import pytest
 
-from core.models.target import load_target
-from tests.e2e.serving import PROMPTS, Served, greedy_answer, make_models, one_thread, serving
+from tests.e2e.serving import Served, make_models, serving
+from tests.e2e.under_load import REPLICAS, TIMEOUT_S, UnderLoad, until, wanted_texts
 
 pytestmark = [pytest.mark.e2e, pytest.mark.cluster, pytest.mark.slow]
 
-NUM_TOKENS = 300
-REPLICA = "ray::ServeReplica:aerie:Decoder"
-# The replica that is left answers all, beside the start of a new one.
-TIMEOUT_S = 180.0
+NUM_REPLICAS = 2
+TWO_REPLICAS = {"replicas": NUM_REPLICAS, "max_replicas": NUM_REPLICAS}
 
 
-def replicas_of(served: Served) -> list[int]:
-    """Process ids of a server's decoder replicas."""
-    found = []
-    for process in psutil.Process(served.process_id).children(recursive=True):
-        try:
-            if " ".join(process.cmdline()).startswith(REPLICA):
-                found.append(process.pid)
-        except psutil.Error:
-            continue  # it has ended meanwhile
-    return found
+def restarted(served: Served) -> float:
+    """How often the service began a request anew."""
+    lines = httpx.get(f"{served.url}/metrics").text.splitlines()
+    line = next(one for one in lines if one.startswith("aerie:request_restarted_t"))
+    return float(line.rpartition(" ")[2])
 
 
-def ask(served: Served, prompt: str, begun: threading.Event, stream: bool) -> str:
-    with openai.OpenAI(
-        base_url=f"{served.url}/v1", api_key="none", max_retries=0, timeout=TIMEOUT_S
-    ) as client:
-        answer: Any = client.chat.completions.create(
-            model="tiny",
-            messages=[{"role": "user", "content": prompt}],
-            max_tokens=NUM_TOKENS,
-            stream=stream,
-        )
-        if not stream:
-            return str(answer.choices[0].message.content)
-        text = ""
-        for chunk in answer:
-            text += chunk.choices[0].delta.content or ""
-            if text:
-                begun.set()
-        return text
+def test_every_answer_is_whole_though_a_replica_is_killed(tmp_path: Path) -> None:
+    config = make_models(tmp_path).replace(serve=TWO_REPLICAS)
+    wanted = wanted_texts(config, 100)
+
+    async def work(served: Served) -> None:
+        async with UnderLoad(served, wanted, 100, clients=6) as load:
+            await load.answered(6)
+            replica = served.server.processes()[REPLICAS][0]
+            replica.kill()
+            # What was at work then, and more.
+            await load.answered(20)
+        assert all(reply.error is None for reply in load.replies)
+        load.check()
+
+    with serving(config, tmp_path) as served:
+        asyncio.run(work(served))
+        assert restarted(served) > 0, "the killed replica had answers in work"
 
 
-def test_every_answer_is_whole_though_replicas_are_killed(tmp_path: Path) -> None:
-    config = make_models(tmp_path)
-    config = config.replace(serve={"replicas": 2, "max_replicas": 2})
-    with one_thread():
-        target = load_target(config.target)
-        wanted = {
-            prompt: target.tokenizer.decode(
-                greedy_answer(target, prompt, NUM_TOKENS), skip_special_tokens=True
-            )
-            for prompt in PROMPTS
-        }
-    with serving(config, tmp_path) as served, ThreadPoolExecutor(12) as threads:
-        for number in range(2):
-            begun = threading.Event()
-            replicas = replicas_of(served)
-            assert len(replicas) == 2
-            answers = [
-                (prompt, threads.submit(ask, served, prompt, begun, stream))
-                for prompt in PROMPTS
-                for stream in (False, True, False, True)
-            ]
-            assert begun.wait(TIMEOUT_S)
-            os.kill(replicas[number], signal.SIGKILL)
-            for prompt, answer in answers:
-                assert answer.result(TIMEOUT_S) == wanted[prompt]
-            wait_for_replicas(served, replicas[number])
-        counted = httpx.get(f"{served.url}/metrics").text
-    line = next(one for one in counted.splitlines() if one.startswith("aerie:request_restarted_t"))
-    assert float(line.rpartition(" ")[2]) > 0, "the killed replica had answers in work"
+@pytest.mark.soak
+def test_replicas_controller_and_proxy_are_killed_under_load(tmp_path: Path) -> None:
+    config = make_models(tmp_path).replace(serve=TWO_REPLICAS)
+    num_tokens = 300
+    wanted = wanted_texts(config, num_tokens)
+
+    async def kill_replicas(served: Served, times: int) -> None:
+        async with UnderLoad(served, wanted, num_tokens, clients=12) as load:
+            for number in range(times):
+                await load.answered(6)
+                replica = served.server.processes()[REPLICAS][number % NUM_REPLICAS]
+                replica.kill()
+                await load.replaced(replica, NUM_REPLICAS)
+        load.check()
+        whole = sum(reply.error is None for reply in load.replies)
+        print(f"{times} replicas killed: {whole} of {len(load.replies)} answers whole")
+
+    async def kill_controller(served: Served) -> None:
+        async with UnderLoad(served, wanted, num_tokens, clients=12) as load:
+            await load.answered(6)
+            (controller,) = served.server.processes()["controller"]
+            controller.kill()
+            await load.answered(24)
+            await until(lambda: bool(set(served.server.processes()["controller"]) - {controller}))
+        assert all(reply.error is None for reply in load.replies)
+        load.check()
+
+    async def kill_proxy(served: Served) -> None:
+        async with UnderLoad(served, wanted, num_tokens, clients=12) as load:
+            await load.answered(6)
+            (proxy,) = served.server.processes()["proxy"]
+            began = time.monotonic()
+            proxy.kill()
+            await until(lambda: answers(served))
+            back = time.monotonic()
+            await load.answered(24)
+        load.check(besides=(began, back))
+        failed = sum(reply.error is not None for reply in load.replies)
+        print(f"the proxy was back after {back - began:.1f} s; {failed} requests failed meanwhile")
+
+    with serving(config, tmp_path) as served:
+        asyncio.run(kill_replicas(served, 5))
+        assert restarted(served) > 0, "the killed replicas had answers in work"
+        asyncio.run(kill_controller(served))
+        # The one that came back looks after replicas too.
+        asyncio.run(kill_replicas(served, 1))
+        asyncio.run(kill_proxy(served))
 
 
-def wait_for_replicas(served: Served, killed: int) -> None:
-    """Until the one that was killed has been replaced."""
-    deadline = time.monotonic() + TIMEOUT_S
-    while time.monotonic() < deadline:
-        alive = replicas_of(served)
-        health = httpx.get(f"{served.url}/health").json()
-        if killed not in alive and len(alive) == 2 and health["replicas"] == 2:
-            return
-        time.sleep(0.5)
-    pytest.fail("the killed replica was not replaced")
+def answers(served: Served) -> bool:
+    try:
+        return httpx.get(f"{served.url}/health", timeout=TIMEOUT_S).status_code == 200
+    except httpx.HTTPError:
+        return False

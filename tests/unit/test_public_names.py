@@ -35,6 +35,7 @@ CONFIG = {
     "FeaturesConfig",
     "FinetuneConfig",
     "GenerateConfig",
+    "LoadConfig",
     "Section",
     "ServeConfig",
     "TargetConfig",

@@ -259,7 +259,17 @@ def test_tokens_there_and_back(service: Service) -> None:
         *((path, "stop", {"stop": [""]}) for path in (CHAT, TEXT)),
         (CHAT, "messages", {"messages": []}),
         (CHAT, "tools", {"tools": [{"type": "function"}]}),
-        (CHAT, "response_format", {"response_format": {"type": "json_object"}}),
+        (CHAT, "response_format.type", {"response_format": {"type": "xml"}}),
+        (
+            CHAT,
+            "response_format",
+            {
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"name": "x", "schema": {"type": "nothing"}},
+                }
+            },
+        ),
         (CHAT, "logprobs", {"logprobs": 2}),
         (TEXT, "logprobs", {"logprobs": 6}),
         (TEXT, "prompt", {"prompt": None}),
@@ -356,3 +366,26 @@ def test_a_failure_is_a_500_or_the_streams_last_event(
     last = stream.text.split("\n\n")[-2]
     assert json.loads(last.removeprefix("data: "))["error"]["type"] == "server_error"
     assert service.call(CHAT).status_code == 200
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_an_answer_follows_a_schema(service: Service, n: int) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"yes": {"type": "boolean"}, "grade": {"enum": ["good", "bad"]}},
+        "required": ["yes", "grade"],
+        "additionalProperties": False,
+    }
+    fields = {
+        "response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}},
+        "max_tokens": 200, "n": n, "temperature": 1.0, "seed": 5,
+    }  # fmt: skip
+    whole = service.answer(CHAT, **fields)["choices"]
+    for choice in whole:
+        assert choice["finish_reason"] == "stop"
+        assert json.loads(choice["message"]["content"]).keys() == {"yes", "grade"}
+    texts = [""] * n
+    for chunk in service.stream(CHAT, **fields):
+        for choice in chunk["choices"]:
+            texts[choice["index"]] += choice["delta"].get("content") or ""
+    assert texts == [choice["message"]["content"] for choice in whole]

@@ -85,18 +85,36 @@ def test_harmless_fields_are_accepted() -> None:
     assert generation(**harmless) == generation()
 
 
+def test_what_would_change_the_output_is_refused_by_name() -> None:
+    error = refusal(tools=[{"type": "function"}])
+    assert error.status == 400
+    assert error.param == "tools"
+    assert error.message.startswith("tools is supported here only as")
+
+
+def test_a_format_of_the_answer_is_a_schema() -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "null"}}}
+    named = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema, "strict": True}}
+    assert generation(response_format={"type": "text"}).schema is None
+    assert generation(response_format={"type": "json_object"}).schema == '{"type": "object"}'
+    assert json.loads(generation(response_format=named).schema or "") == schema
+
+
 @pytest.mark.parametrize(
-    ("field", "value"),
+    "value",
     [
-        ("tools", [{"type": "function"}]),
-        ("response_format", {"type": "json_object"}),
+        {},
+        {"type": "xml"},
+        {"type": "json_schema"},
+        {"type": "json_object", "json_schema": {"schema": {}}},
+        {"type": "json_schema", "json_schema": {"schema": "no object"}},
+        {"type": "json_schema", "json_schema": {"schema": {}, "unknown": 1}},
+        {"type": "json_object", "unknown": 1},
     ],
 )
-def test_what_would_change_the_output_is_refused_by_name(field: str, value: Any) -> None:
-    error = refusal(**{field: value})
-    assert error.status == 400
-    assert error.param == field
-    assert error.message.startswith(f"{field} is supported here only as")
+def test_a_format_that_is_none_is_refused(value: Any) -> None:
+    error = refusal(response_format=value)
+    assert error.status == 400 and (error.param or "").startswith("response_format")
 
 
 @pytest.mark.parametrize(

@@ -3,46 +3,17 @@
 from __future__ import annotations
 
 import json
-import random
 from collections.abc import Iterator
 from typing import Any
 
 import httpx
 import pytest
 
-from serve.completions import CompletionRequest
-from serve.fields import Body
 from serve.keys import key_hash
-from serve.openai_chat import ChatRequest
-from serve.tgi import GenerateRequest, Parameters
-from serve.tokens import DetokenizeRequest, TokenizeRequest
-from tests.in_process import CHAT, HELLO, TEXT, TGI, Json, Service, in_process
+from tests.fuzz import ADMIN, BODIES, FIELDS, odd_bodies, odd_fields, odd_parameters, odd_values
+from tests.in_process import CHAT, HELLO, TEXT, TGI, Service, in_process
 
 KEY = {"Authorization": "Bearer admin"}
-ADMIN = "/admin/draft"
-BODIES: dict[str, Json] = {**HELLO, "/generate_stream": HELLO[TGI], ADMIN: {"path": "relative"}}
-FIELDS: dict[str, type[Body]] = {
-    CHAT: ChatRequest,
-    TEXT: CompletionRequest,
-    TGI: GenerateRequest,
-    "/generate_stream": GenerateRequest,
-    "/tokenize": TokenizeRequest,
-    "/detokenize": DetokenizeRequest,
-}
-# As JSON: some have no Python value.
-NASTY = (
-    "null", "true", "false", "0", "-1", "1", "0.5", "-0.0", "1e400", "-1e400", "NaN", "Infinity",
-    "9223372036854775807", "-9223372036854775809", "1" + "0" * 400, "1e-320", '""', '"\\u0000"',
-    '"\\ud800"', '"\\udfff\\ud800"', '"🙂"', '"NaN"', '"1"', "[]", "{}", "[[]]", "[{}]", "[null]",
-    "[true]", "[-1]", "[1e400]", '[""]', '["\\ud800"]', '["a", 1]', "[" + "1," * 3_000 + "1]",
-    '{"": {}}', '{"a": null}', '{"-1": 1}', '{"999999": 5}', '{"٣": 1}', '{"type": "text"}',
-    '{"role": "user", "content": "x"}', '[{"role": "user"}]', '[{"role": "tool", "content": "x"}]',
-    '[{"role": "user", "content": null}]', '[{"role": "user", "content": [{"type": "text"}]}]',
-    '[{"role": "assistant", "content": ""}]', "[" * 500 + "]" * 500, '"' + "x" * 20_000 + '"',
-)  # fmt: skip
-
-# Allowed somewhere, and the last that are.
-EXTREME = ("0.00001", "0.001", "1000", "2", "-2", '{"40": 100}', '{"40": -100}', "[40]", "16")
 
 
 @pytest.fixture(scope="module")
@@ -82,59 +53,26 @@ def _still_works(service: Service) -> Iterator[None]:
 def test_no_value_of_any_field_breaks_the_server(
     service: Service, path: str, sampled: bool
 ) -> None:
-    statuses = set()
-    body = {**BODIES[path], **({"temperature": 1.0} if sampled else {})}
-    for name in FIELDS[path].model_fields:
-        for value in (*NASTY, *EXTREME):
-            content = json.dumps({**body, name: "VALUE"}).replace('"VALUE"', value)
-            statuses.add(send(service, "POST", path, content.encode()))
+    bodies = odd_fields(path, **({"temperature": 1.0} if sampled else {}))
+    statuses = {send(service, "POST", path, body) for body in bodies}
     assert 400 in statuses and statuses <= {200, 400, 404}
 
 
 def test_no_value_of_tgis_parameters_breaks_the_server(service: Service) -> None:
-    for name in Parameters.model_fields:
-        for value in (*NASTY, *EXTREME):
-            inner = json.dumps({"max_new_tokens": 2, "do_sample": True, name: "VALUE"}).replace(
-                '"VALUE"', value
-            )
-            send(service, "POST", TGI, f'{{"inputs": "Hi", "parameters": {inner}}}'.encode())
+    for body in odd_parameters():
+        send(service, "POST", TGI, body)
 
 
 def test_admin_refuses_what_makes_no_sense(service: Service) -> None:
     for name in ("path", "canary", "unknown"):
-        for value in NASTY:
-            content = json.dumps({**BODIES[ADMIN], name: "VALUE"}).replace('"VALUE"', value)
-            assert send(service, "POST", ADMIN, content.encode(), **KEY) == 400
+        for body in odd_values(BODIES[ADMIN], name):
+            assert send(service, "POST", ADMIN, body, **KEY) == 400
 
 
 @pytest.mark.parametrize("path", BODIES)
 def test_no_body_breaks_the_server(service: Service, path: str) -> None:
-    good = json.dumps(BODIES[path]).encode()
-    draw = random.Random(path)
-    bodies = [
-        b"", b"{", b"[]", b"null", b"\xff\xfe{}", b"\x00", b"{}{}", b"[" * 50_000,
-        b'{"a":' * 20_000, b"9" * 50_000, good + b"}", good[:-1], good.decode().encode("utf-16"),
-        b'{"model": "tiny", "model": 1}', b"x" * 100_001,
-        *(draw.randbytes(draw.randrange(200)) for _ in range(40)),
-        *(damaged(good, draw) for _ in range(120)),
-    ]  # fmt: skip
-    for body in bodies:
+    for body in odd_bodies(path):
         send(service, "POST", path, body, **KEY)
-
-
-def damaged(body: bytes, draw: random.Random) -> bytes:
-    """Some bytes changed, dropped or doubled."""
-    changed = bytearray(body)
-    for _ in range(draw.randrange(1, 4)):
-        place = draw.randrange(len(changed))
-        kind = draw.randrange(3)
-        if kind == 0:
-            changed[place] = draw.randrange(256)
-        elif kind == 1:
-            del changed[place]
-        else:
-            changed[place:place] = changed[place : place + draw.randrange(1, 9)]
-    return bytes(changed)
 
 
 @pytest.mark.parametrize("method", ["GET", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS", "TRACE"])

@@ -223,3 +223,26 @@ def test_what_was_begun_is_finished_before_the_end(tiny_target: Target) -> None:
 
         assert run(work) == solo(tiny_target, [request, request])
     assert not loop.healthy
+
+
+def test_the_load_is_what_is_left_to_do(tiny_target: Target) -> None:
+    async def work(loop: DecodingLoop) -> None:
+        before = loop.load()
+        assert (before.running, before.waiting, before.backlog_tokens) == (0, 0, 0)
+        visit = loop.join([endless(tiny_target, prompt, 40) for prompt in PROMPTS[:3]])
+        with pytest.raises(BusyError):
+            loop.join([endless(tiny_target, PROMPTS[3])])
+        seen = []
+        async for _ in visit.events():
+            seen.append(loop.load())
+        # The thread goes on while the events are read, so the first ones may tell of later rounds.
+        assert all(one.running + one.waiting <= 3 and one.refused == 1 for one in seen)
+        assert 0 < seen[0].backlog_tokens < 120
+        lefts = [one.backlog_tokens for one in seen]
+        assert lefts == sorted(lefts, reverse=True)
+        after = loop.load()
+        assert (after.running, after.waiting, after.backlog_tokens) == (0, 0, 0)
+        assert after.tokens == 120 and after.tokens_per_second > 0
+
+    with looping(tiny_target, batch_size=2, max_waiting=1) as loop:
+        run(lambda: work(loop))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
 from ray._private.thirdparty.pathspec import PathSpec
@@ -17,9 +18,9 @@ from core.models.target import target_fingerprint
 from core.models.tiny import save_tiny_target, tiny_config
 from core.paths import resolve_path
 from core.runtime.conversion import with_converted_target
+from core.runtime.load.servers import free_port
 from serve import run
 from serve.app import build_app
-from tests.e2e.serving import free_port
 
 CONFIG = Path(__file__).parents[2] / "configs" / "serve_smollm2.yaml"
 HEAD = Path(__file__).parents[2] / "serve" / "heads" / "smollm2-135m-instruct"
@@ -131,3 +132,57 @@ def test_help_names_the_settings(capsys: pytest.CaptureFixture[str]) -> None:
         run.main(["--help"])
     assert caught.value.code == 0
     assert "serve.port=8000" in capsys.readouterr().out
+
+
+@pytest.fixture
+def deployed(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
+    """What is deployed, where no Ray runs; a model named `broken` does not start."""
+    seen: list[Config] = []
+
+    def deploy(config: Config) -> None:
+        seen.append(config)
+        if config.serve.model_name == "broken":
+            raise RuntimeError("a replica did not start")
+
+    monkeypatch.setattr(run, "deploy", deploy)
+    monkeypatch.setattr(run, "check_room", lambda config: None)
+    return seen
+
+
+def test_a_new_configuration_is_taken(target: Path, deployed: list[Config]) -> None:
+    old = run.check(Config().replace(target={"path": str(target)}))
+    new = old.replace(decode={"batch_size": 2})
+    assert run._renewed(old, lambda: new) == new
+    assert deployed == [new]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"serve": {"port": 9}}, "serve.port cannot change while it serves"),
+        ({"cluster": {"num_cpus": 7}}, "the section cluster cannot change"),
+        ({"target": {"path": "/nowhere"}}, "/nowhere"),
+    ],
+)
+def test_one_that_cannot_be_used_is_not(
+    target: Path,
+    deployed: list[Config],
+    capsys: pytest.CaptureFixture[str],
+    changes: dict[str, Any],
+    said: str,
+) -> None:
+    old = run.check(Config().replace(target={"path": str(target)}))
+    assert run._renewed(old, lambda: old.replace(**changes)) == old
+    assert deployed == []
+    shown = capsys.readouterr().out
+    assert "nothing is changed: " in shown and said in shown
+
+
+def test_one_that_does_not_start_is_taken_back(
+    target: Path, deployed: list[Config], capsys: pytest.CaptureFixture[str]
+) -> None:
+    old = run.check(Config().replace(target={"path": str(target)}))
+    broken = old.replace(serve={"model_name": "broken"})
+    assert run._renewed(old, lambda: broken) == old
+    assert deployed == [broken, old]
+    assert "a replica did not start" in capsys.readouterr().out

@@ -11,6 +11,7 @@ from core.config.sections.data import (
 from core.config.sections.decoding import BenchmarkConfig, DecodeConfig, ServeConfig
 from core.config.sections.evaluation import EvalConfig
 from core.config.sections.finetuning import FinetuneConfig, check_finetuning
+from core.config.sections.load import LoadConfig, Phase
 from core.config.sections.models import ConvertConfig, ExportConfig, TargetConfig, TemplateName
 from core.config.sections.training import TrackingConfig, TrainConfig
 
@@ -26,6 +27,8 @@ __all__ = [
     "FinetuneConfig",
     "FormatName",
     "GenerateConfig",
+    "LoadConfig",
+    "Phase",
     "RuleName",
     "ServeConfig",
     "TargetConfig",

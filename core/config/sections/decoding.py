@@ -109,6 +109,30 @@ class ServeConfig(Section):
     model_name: str = setting("aerie", "the model's name in the API")
     replicas: int = setting(1, "least decoder replicas", ge=1)
     max_replicas: int = setting(1, "most decoder replicas under load", ge=1)
+    target_backlog_s: float = setting(
+        20.0,
+        "seconds for which a replica should have work, by what its requests will likely still be "
+        "given and its measured tokens a second; with more, replicas are added",
+        gt=0,
+    )
+    upscale_delay_s: float = setting(
+        15.0, "seconds for which more replicas must be wanted before they are added", ge=0
+    )
+    downscale_delay_s: float = setting(
+        300.0, "seconds for which fewer must be wanted before one is taken away", ge=0
+    )
+    max_surge_percent: int = setting(
+        100,
+        "replicas that an update may start before it stops old ones, in % of those there are; "
+        "with 0, or on one machine without room for another one, requests wait meanwhile",
+        ge=0,
+        le=100,
+    )
+    autoscaling_log: str | None = setting(
+        None,
+        "file, where Serve's controller runs, to which the inputs and decisions of autoscaling "
+        "are appended, a JSON line each",
+    )
     cpus_per_replica: float = setting(2.0, "CPUs a replica; also its threads", gt=0)
     gpus_per_replica: float = setting(0.0, "GPUs a replica", ge=0)
     max_new_tokens: int = setting(512, "tokens generated where a request names no limit", ge=1)

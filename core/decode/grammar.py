@@ -1,0 +1,115 @@
+"""Answers that must follow a JSON schema: at each node of a draft tree, what may come next.
+
+A grammar takes part in a choice as bias and penalties do: by the logits. So speculation under it
+gives what plain decoding under it would.
+
+Shapes: N tree nodes, V target vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from functools import cached_property
+from typing import Any
+
+import llguidance
+import llguidance.hf
+import numpy as np
+import torch
+from torch import Tensor
+
+from core.decode.tree import DraftTree
+from core.errors import InputError
+
+# Between a value and the next sign. Without an end to it, small models say nothing else.
+WHITESPACE = r"[ \n]{0,12}"
+
+
+class JsonGrammars:
+    """Makes constraints for a target's tokens."""
+
+    def __init__(self, tokenizer: Any, vocab_size: int, eos_token_ids: Collection[int]) -> None:
+        """Remember them; the first constraint takes a second to build a table of all tokens.
+
+        Args:
+            tokenizer: of transformers.
+            vocab_size: rows of the target's logits.
+            eos_token_ids: that end an answer.
+        """
+        self._tokenizer, self._vocab_size = tokenizer, vocab_size
+        self._eos_token_ids = sorted(eos_token_ids)
+
+    def constraint(self, schema: str) -> Constraint:
+        """For one answer.
+
+        Args:
+            schema: a JSON schema, as JSON.
+        Raises:
+            InputError: it is no schema, or one that the library does not know.
+        """
+        try:
+            options: Any = {"whitespace_pattern": WHITESPACE}
+            grammar = llguidance.LLMatcher.grammar_from_json_schema(schema, overrides=options)
+        except ValueError as error:
+            raise InputError(f"the JSON schema cannot be used: {error}") from error
+        matcher = llguidance.LLMatcher(self._tokens, grammar, log_level=0)
+        if matcher.is_error():
+            raise InputError(f"the JSON schema cannot be used: {matcher.get_error()[:500]}")
+        return Constraint(matcher, self._eos_token_ids, self._vocab_size)
+
+    @cached_property
+    def _tokens(self) -> llguidance.LLTokenizer:
+        try:
+            return llguidance.hf.from_tokenizer(
+                self._tokenizer, n_vocab=self._vocab_size, eos_token=self._eos_token_ids
+            )
+        except ValueError as error:
+            raise InputError(f"this target's tokenizer has no JSON grammars: {error}") from error
+
+
+class Constraint:
+    """A grammar, and how far one answer has come in it."""
+
+    def __init__(
+        self, matcher: llguidance.LLMatcher, eos_token_ids: Sequence[int], vocab_size: int
+    ) -> None:
+        """Begin before the first token."""
+        self._matcher = matcher
+        self._end_V = torch.zeros(vocab_size, dtype=torch.bool)
+        self._end_V[list(eos_token_ids)] = True
+
+    def append(self, token_ids: Sequence[int]) -> None:
+        """Further tokens of the answer; what comes behind its end does not count."""
+        self._matcher.try_consume_tokens(list(token_ids))
+
+    def apply(self, tree: DraftTree, logits_NV: Tensor) -> Tensor:
+        """Logits in which what must not come next is minus infinity; `logits_NV` stays as it was.
+
+        Rows of nodes that must not be reached themselves are left alone: nobody gets there.
+
+        Args:
+            tree: its root is the last token appended.
+            logits_NV: [N, V]; row i scores the token after node i.
+        """
+        logits_NV = logits_NV.clone()
+        tokens = tree.token_ids_N.tolist()
+
+        def visit(node: int) -> None:
+            allowed_V = self._allowed().to(logits_NV.device)
+            logits_NV[node].masked_fill_(~allowed_V, -math.inf)
+            for child in tree.children[node]:
+                if allowed_V[tokens[child]] and self._matcher.try_consume_tokens([tokens[child]]):
+                    visit(child)
+                    self._matcher.rollback(1)
+
+        visit(0)
+        return logits_NV
+
+    def _allowed(self) -> Tensor:
+        """bool [V]: what may come next."""
+        if self._matcher.is_stopped():
+            return self._end_V
+        bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
+        flags = np.unpackbits(bits, bitorder="little")[: len(self._end_V)]
+        return torch.from_numpy(flags.astype(bool))

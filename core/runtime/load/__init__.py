@@ -1,0 +1,1 @@
+"""A load generator for served models, and what is measured with it."""
