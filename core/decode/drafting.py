@@ -1,8 +1,8 @@
 """Drafting for several sequences at once: one forward pass of the head reads what was committed
 to all of them, and one a level of depth grows all their trees.
 
-Shapes: S sequences, N new positions of all, K top-k, P nodes proposed a sequence, W draft
-vocabulary, H hidden.
+Shapes: S sequences, N new positions of all, K top-k, B nodes expanded a sequence, P nodes
+proposed a sequence, W draft vocabulary, H hidden.
 Source: EAGLE-2 (Li et al. 2024), section 4: expansion by cumulative probability, then reranking.
 """
 
@@ -25,9 +25,9 @@ from core.draft.base import DraftBeams, DraftCache, DraftHead, DraftOutput, Draf
 # Tokens whose maximum is looked at together.
 BLOCK = 64
 Ids = NDArray[np.int64]
-GrowthRule = Callable[[Sequence[Floats], Floats], bool]
-"""Whether trees grow by a level: given the log-probabilities of all nodes by level, [S, …] each,
-and of those [S, K] that would be expanded."""
+GrowthRule = Callable[[Sequence[Floats], Floats], int]
+"""How many nodes of each tree are expanded, 0 to end growth: given the log-probabilities of all
+nodes by level, [S, …] each, and of those [S, K] that may be expanded, best first."""
 
 
 class Drafter(Protocol):
@@ -42,7 +42,7 @@ class Drafter(Protocol):
         """A tree for each sequence that decodes; None for those that still read their prompt.
 
         What it needs of `unread` features it takes now. What a tree holds depends on the committed
-        text alone, but for its depth where the sequence is adaptive and a rule decides on it.
+        text alone, but for its size where the sequence is adaptive and a rule decides on it.
         """
 
     def move(self, source: Stretch, target: Stretch, count: int) -> None:
@@ -144,16 +144,17 @@ def draft_trees(
         roots: hidden states and logits of the head at the roots, S rows.
         root_ids: the last committed tokens.
         plans: of equal depth and top-k.
-        rule: may end growth before the plans' depth.
+        rule: may expand fewer nodes, and end growth before the plans' depth.
     Returns:
         Trees of at most `total_tokens` nodes each, which depend on the committed text alone (and
         on the rule).
     """
     growth = _Growth(head, cache, places, roots, plans[0].top_k)
     for depth in range(1, plans[0].depth + 1):
-        if rule is not None and not rule(*growth.log_probabilities()):
+        width = growth.top_k if rule is None else rule(growth.scores, growth.beam_scores)
+        if not width:
             break
-        growth.expand(depth)
+        growth.expand(depth, width)
     return growth.rerank(root_ids, [plan.total_tokens for plan in plans])
 
 
@@ -181,51 +182,52 @@ class _Growth:
         self.parents = [np.zeros_like(tokens_SK)]
         self.count = 1 + width
         count = len(self.places)
-        self.own_SKK = np.broadcast_to(np.eye(width, dtype=bool), (count, width, width))
         self.beam_tokens, self.beam_scores = tokens_SK, scores_SK
         self.beam_nodes = np.broadcast_to(np.arange(1, self.count), (count, width))
         self.beam_hidden = roots.hidden_KH[:, None].expand(-1, width, -1)
-        self.beam_sees = self.own_SKK
+        # Of the levels that the head has read, what each beam descends from.
+        self.beam_sees = np.zeros((count, width, 0), dtype=bool)
 
-    def expand(self, depth: int) -> None:
-        """Give each node of the beams its children; the best of those are the next beams."""
+    def expand(self, depth: int, width: int) -> None:
+        """Give the best nodes of the beams their children; the best of those are the next beams.
+
+        Args:
+            depth: of the beams.
+            width: B of them are expanded in each tree.
+        """
+        count, top_k = len(self.places), self.top_k
+        own_SBB = np.broadcast_to(np.eye(width, dtype=bool), (count, width, width))
+        sees_SBT = np.concatenate((self.beam_sees[:, :width], own_SBB), axis=2)
         beams = DraftBeams(
             self.places,
-            self.beam_hidden,
-            torch.from_numpy(self.beam_tokens).to(self.device),
+            self.beam_hidden[:, :width],
+            torch.tensor(self.beam_tokens[:, :width], device=self.device),
             depth,
-            torch.tensor(self.beam_sees, device=self.device),
+            torch.tensor(sees_SBT, device=self.device),
         )
         output = self.head.step_all(self.cache, beams)
-        width, count = self.top_k, len(self.places)
         log_probs_NK, tokens_NK = self._best_tokens(output.logits_KW)
-        scores_SKK = self.beam_scores[..., None] + log_probs_NK.reshape(count, width, width)
-        scores_SP, tokens_SP = scores_SKK.reshape(count, -1), tokens_NK.reshape(count, -1)
+        scores_SBK = log_probs_NK.reshape(count, width, top_k)
+        scores_SP = (scores_SBK + self.beam_scores[:, :width, None]).reshape(count, -1)
+        tokens_SP = tokens_NK.reshape(count, -1)
         self.tokens.append(tokens_SP)
         self.scores.append(scores_SP)
-        self.parents.append(self.beam_nodes.repeat(width, axis=1))
-        best_SK = (-scores_SP).argsort(axis=1, kind="stable")[:, :width]
-        parent_SK = best_SK // width
+        self.parents.append(self.beam_nodes[:, :width].repeat(top_k, axis=1))
+        best_SK = (-scores_SP).argsort(axis=1, kind="stable")[:, :top_k]
+        parent_SK = best_SK // top_k
         self.beam_scores = np.take_along_axis(scores_SP, best_SK, 1)
         self.beam_tokens = np.take_along_axis(tokens_SP, best_SK, 1)
         self.beam_nodes = self.count + best_SK
-        rows_N = parent_SK + width * np.arange(count)[:, None]
-        hidden_NH = output.hidden_KH.index_select(
-            0, torch.from_numpy(rows_N.ravel()).to(self.device)
-        )
-        self.beam_hidden = hidden_NH.view(count, width, -1)
-        seen_SKT = np.take_along_axis(self.beam_sees, parent_SK[..., None], 1)
-        self.beam_sees = np.concatenate((seen_SKT, self.own_SKK), axis=2)
-        self.count += width * width
+        self.beam_sees = np.take_along_axis(sees_SBT, parent_SK[..., None], 1)
+        rows_N = (parent_SK + width * np.arange(count)[:, None]).ravel()
+        hidden_NH = output.hidden_KH.index_select(0, torch.tensor(rows_N, device=self.device))
+        self.beam_hidden = hidden_NH.view(count, top_k, -1)
+        self.count += width * top_k
 
     def _best_tokens(self, logits_NW: Tensor) -> tuple[Floats, Ids]:
         """Log-probabilities and target ids [N, K] of the likeliest tokens, best first."""
         best = top_tokens(logits_NW, self.top_k)
         return best[0].double().cpu().numpy(), self.d2t_W[best[1].cpu().numpy()]
-
-    def log_probabilities(self) -> tuple[list[Floats], Floats]:
-        """Of all nodes, by level, and of the beams."""
-        return self.scores, self.beam_scores
 
     def rerank(self, root_ids: Sequence[int], sizes: Sequence[int]) -> list[DraftTree]:
         """Keep the best `size - 1` nodes of all levels of each sequence.

@@ -365,9 +365,7 @@ class RecurrentHead(DraftHead):
             turn = self._heads.rotation(*self.rotary.looked_up(positions_N, x_NI.dtype))
             return self.fused(x_NI, residual_NH, turn, cache.joint, rows_N, ragged, asking_K)
         cos, sin = self.rotary(positions_N.to(device))
-        attention_KH = self.layer.self_attn.cached(
-            x_NI, cos, sin, cache, rows_N, ragged, asking_K
-        )
+        attention_KH = self.layer.self_attn.cached(x_NI, cos, sin, cache, rows_N, ragged, asking_K)
         if asking_K is not None:
             residual_NH = residual_NH[asking_K]
         return self.layer.after_attention(residual_NH, attention_KH)

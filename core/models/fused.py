@@ -168,4 +168,3 @@ def _has_only(module: object, kind: str) -> bool:
     names = {name for name, _ in module.named_children()}
     optional = {"q_norm", "k_norm"} if kind == "attention" else set()
     return CHILDREN[kind] - optional <= names <= CHILDREN[kind]
-

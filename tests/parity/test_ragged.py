@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from pytest import MonkeyPatch
 from torch.nn import functional as F
 
 from core.config import DecodeConfig
@@ -52,7 +51,7 @@ def test_a_ragged_batch_attends_as_a_dense_mask_does(heads: int) -> None:
 
 
 @pytest.mark.parametrize("tokens", [1, 6, 24])
-def test_attention_by_products_is_the_kernels(tokens: int) -> None:
+def test_attention_by_products_is_the_kernels(monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
     """In bfloat16 and behind a long text, where scores are rounded to 8 bits, as HF's eager does.
 
     A score of 4 is rounded by 2⁻⁷ at most, and so is its weight, relative to its size.
@@ -63,9 +62,8 @@ def test_attention_by_products_is_the_kernels(tokens: int) -> None:
     sees_TT = torch.ones(tokens, tokens, dtype=torch.bool).tril() if tokens > 1 else None
     batch = RaggedBatch((Span(7, 850, tokens, sees_TT),))
     assert _products_pay(2, 3, Span(7, 1850, tokens), query)
-    with MonkeyPatch.context() as patch:
-        patch.setattr(ragged, "SCORES_AT_LEAST", 0)
-        found = batch.attend(query, keys, values, 0.25)
+    monkeypatch.setattr(ragged, "SCORES_AT_LEAST", 0)
+    found = batch.attend(query, keys, values, 0.25)
     wanted = F.scaled_dot_product_attention(
         query.float()[None],
         keys.float().repeat_interleave(3, 0)[None],
