@@ -73,7 +73,7 @@ class OracleHead(Eagle1Head):
 
     def new_cache(self, max_tokens: int) -> DraftCache:
         """Rows hold the tokens that were read."""
-        return DraftCache(torch.zeros(1, 1, max_tokens, 1), torch.zeros(1, 1, max_tokens, 1))
+        return DraftCache(torch.zeros(2, max_tokens, 1))
 
     def extend_all(
         self,
@@ -86,13 +86,13 @@ class OracleHead(Eagle1Head):
         texts = []
         for place, ids_T in zip(places, next_ids_N.split(list(counts)), strict=True):
             begin = place.first + place.committed
-            cache.keys[0, 0, begin : begin + len(ids_T), 0] = ids_T.float()
+            cache.keys[0, begin : begin + len(ids_T), 0] = ids_T.float()
             texts.append(self._text(cache, place.first, place.committed + len(ids_T)))
             self.trees[place.first] = []
         return self._answer(texts)
 
     def _text(self, cache: DraftCache, first: int, committed: int) -> tuple[int, ...]:
-        read = cache.keys[0, 0, first : first + committed, 0].int().tolist()
+        read = cache.keys[0, first : first + committed, 0].int().tolist()
         return (self.first_id, *read)
 
     def step_all(self, cache: DraftCache, beams: DraftBeams) -> DraftOutput:

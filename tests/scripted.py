@@ -96,7 +96,7 @@ class ScriptedHead(DraftHead):
         raise NotImplementedError
 
     def new_cache(self, max_tokens: int) -> DraftCache:
-        return DraftCache(torch.zeros(1, 1, max_tokens, 1), torch.zeros(1, 1, max_tokens, 1))
+        return DraftCache(torch.zeros(2, max_tokens, 1))
 
     def extend_all(
         self,

@@ -51,7 +51,7 @@ class PolicyRound:
         records: of the S sequences.
         sequences: of the whole batch, fixed trees and prompts included.
         drafts: whether a head is asked.
-        expansions: levels that were drafted behind the root's children.
+        expanded: of each level behind the root's children, nodes of all trees that it is of.
     """
 
     records: Sequence[RequestRecord]
@@ -59,7 +59,7 @@ class PolicyRound:
     drafts: bool
     verify_seconds: Floats
     base_tokens: int
-    expansions: int = 0
+    expanded: list[int] = field(default_factory=list)
     draft_seconds: float = 0.0
     last_level: float = field(default=0.0)
 
@@ -113,35 +113,42 @@ class BatchPolicy:
             base_tokens=base,
         )
 
-    def goes_deeper(self, now: PolicyRound, levels: Sequence[Floats], beams_SK: Floats) -> bool:
-        """Whether another level of all trees promises more tokens a second.
+    def width(self, now: PolicyRound, levels: Sequence[Floats], beams_SK: Floats) -> int:
+        """How many nodes of each tree are expanded; 0 where no level promises more tokens a second.
 
         Args:
             now: the round.
             levels: log-probabilities of the nodes proposed so far, [S, …] each, by depth.
-            beams_SK: those of the nodes that would be expanded.
+            beams_SK: those of the nodes that may be expanded, best first.
         """
-        depth = len(levels)
+        depth, count = len(levels), len(now.records)
         beam_SK = self._probabilities(now, beams_SK, depth)
-        mass = float(beam_SK.sum())
         if depth > 1 and now.last_level > 0:
-            share = min(1.0, mass / now.last_level)
+            share = min(1.0, float(beam_SK.sum()) / now.last_level)
             self._goes_on[depth - 2] += 0.1 * (share - self._goes_on[depth - 2])
-        now.last_level = mass
-        now.expansions = depth - 1
-        if now.expansions >= self.largest.depth:
-            return False
+        if depth > self.largest.depth:
+            return 0
         known_P = np.concatenate(
             [self._probabilities(now, scores, 1 + place) for place, scores in enumerate(levels)],
             axis=1,
         ).ravel()
-        next_P = (beam_SK * self._goes_on[depth - 1]).ravel()
-        count = len(now.records)
-        here = self._best(now, known_P, self.costs.draft(depth - 1, count))[1]
-        deeper = np.concatenate((known_P, next_P))
-        there = self._best(now, deeper, self.costs.draft(depth, count))[1]
-        now.expansions += there > here
-        return there > here
+        next_SK = beam_SK * self._goes_on[depth - 1]
+        known_seconds = self.costs.draft(now.expanded, count)
+        _, here = self._best(now, known_P, known_seconds)
+        # A child that would not be verified need not be found.
+        ordered_P = -np.sort(-np.concatenate((known_P, next_SK.ravel())))
+        taken, _ = self._best(now, ordered_P, known_seconds, ordered=True)
+        least = ordered_P[taken - 1] if taken else np.inf
+        width = int((next_SK >= least).sum(1).max())
+        if not width:
+            return 0
+        expanded = [*now.expanded, count * width]
+        deeper_P = np.concatenate((known_P, next_SK[:, :width].ravel()))
+        _, there = self._best(now, deeper_P, self.costs.draft(expanded, count))
+        if there <= here:
+            return 0
+        now.expanded, now.last_level = expanded, float(beam_SK[:, :width].sum())
+        return width
 
     def choose(self, now: PolicyRound, trees: Sequence[DraftTree]) -> list[DraftTree]:
         """Of each sequence's tree, the part that is verified."""
@@ -179,7 +186,7 @@ class BatchPolicy:
         if not now.drafts:
             return
         if now.draft_seconds:
-            self.costs.took_draft(now.expansions, count, now.draft_seconds)
+            self.costs.took_draft(now.expanded, count, now.draft_seconds)
         # Rounds that read prompts too are slow for another reason.
         if now.base_tokens > count:
             return

@@ -14,6 +14,7 @@ from core.data.conversations import Message
 from core.data.template import encode_prompt
 from core.decode.batch_policy import BatchPolicy
 from core.decode.costs import BatchCosts, CostModel
+from core.decode.drafting import top_tokens
 from core.decode.engine import SpeculativeDecoder
 from core.decode.forward import Piece, target_pass
 from core.decode.policy import (
@@ -43,6 +44,8 @@ CONTEXT_TOKENS = 256
 # Tokens of passes that are timed besides those of one tree, and sequences of a timed batch.
 PASS_SIZES = (96, 128)
 SEQUENCES = 4
+# Nodes of a narrow level, beside the widest.
+NARROW = 2
 
 
 @dataclass(frozen=True)
@@ -116,7 +119,9 @@ def calibrate(decoder: SpeculativeDecoder) -> Calibration:
             "decode.total_tokens=auto cannot be measured: the target ends every calibration answer "
             "at once; set a fixed tree size"
         )
-    costs = RoundCosts(dict(measured.verify), measured.read[1], measured.expand[1])
+    costs = RoundCosts(
+        dict(measured.verify), measured.read[1], measured.expand[most_beams(decoder)]
+    )
     estimates = estimate(plans, records, costs)
     return Calibration(choose(estimates), costs, tuple(estimates), len(records))
 
@@ -145,28 +150,35 @@ def _time_rounds(decoder: SpeculativeDecoder, sizes: Sequence[int]) -> BatchCost
         pieces = [Piece.of_tree(0, context, _star(size))] * sequences
         return partial(target_pass, target, rows, pieces, decoder.feature_layers)
 
+    widest = most_beams(decoder)
     works: dict[Hashable, Callable[[], object]] = {size: verification(size) for size in sizes}
     works["apart"] = verification(1, SEQUENCES)
-    for count in (1, SEQUENCES):
-        works["read", count], works["expand", count] = _drafting(decoder, ids, count)
+    for count, width in ((1, NARROW), (1, widest), (SEQUENCES, widest)):
+        works["read", count], works["expand", count * width] = _drafting(decoder, ids, count, width)
     seconds = median_seconds(works)
     together = seconds[SEQUENCES]
     return BatchCosts(
         verify={size: seconds[size] for size in sizes},
         each_sequence=max(0.0, (seconds["apart"] - together) / (SEQUENCES - 1)),
         read={count: seconds["read", count] for count in (1, SEQUENCES)},
-        expand={count: seconds["expand", count] for count in (1, SEQUENCES)},
+        expand={count: seconds["expand", count] for count in (NARROW, widest, SEQUENCES * widest)},
     )
 
 
+def most_beams(decoder: SpeculativeDecoder) -> int:
+    """Most nodes of a tree that are expanded at once."""
+    assert decoder.head is not None
+    return min(decoder.config.top_k, decoder.head.vocabulary.size)
+
+
 def _drafting(
-    decoder: SpeculativeDecoder, ids: Sequence[int], sequences: int
+    decoder: SpeculativeDecoder, ids: Sequence[int], sequences: int, width: int
 ) -> tuple[Callable[[], object], Callable[[], object]]:
-    """Reading two committed tokens each of some sequences, and expanding their trees."""
+    """Reading two committed tokens each of some sequences, and expanding `width` nodes of each."""
     head, target = decoder.head, decoder.target
     assert head is not None
-    context, top_k = len(ids), min(decoder.config.top_k, head.vocabulary.size)
-    cache = head.new_cache(context + top_k)
+    context, top_k = len(ids), most_beams(decoder)
+    cache = head.new_cache(context + width)
     hidden_H = torch.zeros(1, target.hidden_size, device=target.device, dtype=target.dtype)
     features_TLH = hidden_H.expand(context, len(decoder.feature_layers), -1)
     ids_T = torch.tensor(ids, device=target.device)
@@ -180,14 +192,14 @@ def _drafting(
 
     beams = DraftBeams(
         places=(DraftPlace(0, context),) * sequences,
-        hidden_SKH=hidden_H.expand(sequences, top_k, -1),
-        token_ids_SK=ids_T[:top_k].expand(sequences, -1),
+        hidden_SKH=hidden_H.expand(sequences, width, -1),
+        token_ids_SK=ids_T[:width].expand(sequences, -1),
         depth=1,
-        sees_SKT=torch.eye(top_k, dtype=torch.bool, device=target.device).expand(sequences, -1, -1),
+        sees_SKT=torch.eye(width, dtype=torch.bool, device=target.device).expand(sequences, -1, -1),
     )
 
     def expand() -> None:
-        head.step_all(cache, beams).logits_KW.topk(top_k)
+        top_tokens(head.step_all(cache, beams).logits_KW, top_k)
 
     return read, expand
 

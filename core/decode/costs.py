@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -24,7 +24,7 @@ class BatchCosts:
         verify: new tokens → seconds of a target pass over a tree of one sequence; has 1.
         each_sequence: seconds that every further sequence adds to a pass, besides its tokens.
         read: sequences → seconds in which the head reads what was committed; has 1.
-        expand: sequences → seconds of one expansion of their trees; has 1.
+        expand: nodes of all trees → seconds of expanding them.
     """
 
     verify: Mapping[int, float]
@@ -53,12 +53,11 @@ class CostModel:
         found: Floats = np.array(factors)[nearest] * self._as_measured(tokens, sequences)
         return found
 
-    def draft(self, expansions: int, sequences: int) -> float:
-        """Reading what was committed, and so many expansions."""
-        measured = self.measured
-        at = np.array([sequences])
-        read, expand = float(_line(measured.read, at)[0]), float(_line(measured.expand, at)[0])
-        return self._draft_factor * (read + expansions * expand)
+    def draft(self, expanded: Sequence[int], sequences: int) -> float:
+        """Reading what was committed, and expanding so many nodes of all trees, level by level."""
+        read = float(_line(self.measured.read, np.array([sequences]))[0])
+        levels = _line(self.measured.expand, np.array(expanded, dtype=np.int64))
+        return self._draft_factor * (read + float(levels.sum()))
 
     def took_verify(self, tokens: int, sequences: int, seconds: float) -> None:
         """Note what a pass took."""
@@ -67,9 +66,9 @@ class CostModel:
         expected = float(self._as_measured(np.array([tokens]), sequences)[0])
         self._verify_factors[nearest] = _corrected(before, seconds / expected)
 
-    def took_draft(self, expansions: int, sequences: int, seconds: float) -> None:
+    def took_draft(self, expanded: Sequence[int], sequences: int, seconds: float) -> None:
         """Note what drafting took."""
-        expected = self.draft(expansions, sequences) / self._draft_factor
+        expected = self.draft(expanded, sequences) / self._draft_factor
         if not expected:
             # Copying alone was not measured.
             return

@@ -1,8 +1,8 @@
 """Drafting for several sequences at once: one forward pass of the head reads what was committed
 to all of them, and one a level of depth grows all their trees.
 
-Shapes: S sequences, N new positions of all, K top-k, P nodes proposed a sequence, W draft
-vocabulary, H hidden.
+Shapes: S sequences, N new positions of all, K top-k, B nodes expanded a sequence, P nodes
+proposed a sequence, W draft vocabulary, H hidden.
 Source: EAGLE-2 (Li et al. 2024), section 4: expansion by cumulative probability, then reranking.
 """
 
@@ -11,7 +11,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from core.decode.acceptance import Floats
@@ -20,9 +22,12 @@ from core.decode.rows import Stretch
 from core.decode.tree import DraftTree, TreePlan
 from core.draft.base import DraftBeams, DraftCache, DraftHead, DraftOutput, DraftPlace
 
-GrowthRule = Callable[[Sequence[Floats], Floats], bool]
-"""Whether trees grow by a level: given the log-probabilities of all nodes by level, [S, …] each,
-and of those [S, K] that would be expanded."""
+# Tokens whose maximum is looked at together.
+BLOCK = 64
+Ids = NDArray[np.int64]
+GrowthRule = Callable[[Sequence[Floats], Floats], int]
+"""How many nodes of each tree are expanded, 0 to end growth: given the log-probabilities of all
+nodes by level, [S, …] each, and of those [S, K] that may be expanded, best first."""
 
 
 class Drafter(Protocol):
@@ -37,7 +42,7 @@ class Drafter(Protocol):
         """A tree for each sequence that decodes; None for those that still read their prompt.
 
         What it needs of `unread` features it takes now. What a tree holds depends on the committed
-        text alone, but for its depth where the sequence is adaptive and a rule decides on it.
+        text alone, but for its size where the sequence is adaptive and a rule decides on it.
         """
 
     def move(self, source: Stretch, target: Stretch, count: int) -> None:
@@ -115,10 +120,10 @@ class HeadDrafter:
     def move(self, source: Stretch, target: Stretch, count: int) -> None:
         """See base class."""
         if self._cache is not None:
-            for rows in (self._cache.keys, self._cache.values):
-                # Cloned first: the two may overlap.
-                kept = rows[:, :, source.first : source.first + count].clone()
-                rows[:, :, target.first : target.first + count] = kept
+            rows = self._cache.joint
+            # Cloned first: the two may overlap.
+            kept = rows[:, source.first : source.first + count].clone()
+            rows[:, target.first : target.first + count] = kept
 
 
 def draft_trees(
@@ -139,21 +144,25 @@ def draft_trees(
         roots: hidden states and logits of the head at the roots, S rows.
         root_ids: the last committed tokens.
         plans: of equal depth and top-k.
-        rule: may end growth before the plans' depth.
+        rule: may expand fewer nodes, and end growth before the plans' depth.
     Returns:
         Trees of at most `total_tokens` nodes each, which depend on the committed text alone (and
         on the rule).
     """
     growth = _Growth(head, cache, places, roots, plans[0].top_k)
     for depth in range(1, plans[0].depth + 1):
-        if rule is not None and not rule(*growth.log_probabilities()):
+        width = growth.top_k if rule is None else rule(growth.scores, growth.beam_scores)
+        if not width:
             break
-        growth.expand(depth)
+        growth.expand(depth, width)
     return growth.rerank(root_ids, [plan.total_tokens for plan in plans])
 
 
 class _Growth:
-    """All nodes ever proposed, level by level, and the beams that are expanded next."""
+    """All nodes ever proposed, level by level, and the beams that are expanded next.
+
+    The nodes are kept on the host: for so few numbers an operator's start is all that counts.
+    """
 
     def __init__(
         self,
@@ -164,48 +173,61 @@ class _Growth:
         top_k: int,
     ) -> None:
         self.head, self.cache, self.places = head, cache, tuple(places)
-        self.top_k = min(top_k, head.vocabulary.size)
-        device = roots.logits_KW.device
-        self.d2t_W = head.vocabulary.d2t_W.to(device)
-        scores_SK, draft_ids_SK = _top(roots.logits_KW, self.top_k)
+        self.top_k = width = min(top_k, head.vocabulary.size)
+        self.device = roots.logits_KW.device
+        self.d2t_W = head.vocabulary.d2t_W.numpy()
+        scores_SK, tokens_SK = self._best_tokens(roots.logits_KW)
         # Per level: tokens, cumulative log-probabilities, and parents as indices into all nodes.
-        self.tokens = [self.d2t_W[draft_ids_SK]]
-        self.scores = [scores_SK]
-        self.parents = [torch.zeros_like(draft_ids_SK)]
-        self.count = 1 + self.top_k
-        self.own_SKK = torch.eye(self.top_k, dtype=torch.bool, device=device)
-        self.own_SKK = self.own_SKK.expand(len(places), -1, -1)
-        self.beam_tokens, self.beam_scores = self.tokens[0], scores_SK
-        self.beam_nodes = torch.arange(1, self.count, device=device).expand(len(places), -1)
-        self.beam_hidden = roots.hidden_KH[:, None].expand(-1, self.top_k, -1)
-        self.beam_sees = self.own_SKK
+        self.tokens, self.scores = [tokens_SK], [scores_SK]
+        self.parents = [np.zeros_like(tokens_SK)]
+        self.count = 1 + width
+        count = len(self.places)
+        self.beam_tokens, self.beam_scores = tokens_SK, scores_SK
+        self.beam_nodes = np.broadcast_to(np.arange(1, self.count), (count, width))
+        self.beam_hidden = roots.hidden_KH[:, None].expand(-1, width, -1)
+        # Of the levels that the head has read, what each beam descends from.
+        self.beam_sees = np.zeros((count, width, 0), dtype=bool)
 
-    def expand(self, depth: int) -> None:
-        """Give each node of the beams its children; the best of those are the next beams."""
-        beams = DraftBeams(self.places, self.beam_hidden, self.beam_tokens, depth, self.beam_sees)
+    def expand(self, depth: int, width: int) -> None:
+        """Give the best nodes of the beams their children; the best of those are the next beams.
+
+        Args:
+            depth: of the beams.
+            width: B of them are expanded in each tree.
+        """
+        count, top_k = len(self.places), self.top_k
+        own_SBB = np.broadcast_to(np.eye(width, dtype=bool), (count, width, width))
+        sees_SBT = np.concatenate((self.beam_sees[:, :width], own_SBB), axis=2)
+        beams = DraftBeams(
+            self.places,
+            self.beam_hidden[:, :width],
+            torch.tensor(self.beam_tokens[:, :width], device=self.device),
+            depth,
+            torch.tensor(sees_SBT, device=self.device),
+        )
         output = self.head.step_all(self.cache, beams)
-        width = self.top_k
-        log_probs_NK, draft_ids_NK = _top(output.logits_KW, width)
-        shape = (len(self.places), width, width)
-        scores_SP = (self.beam_scores[..., None] + log_probs_NK.view(shape)).flatten(1)
-        tokens_SP = self.d2t_W[draft_ids_NK].view(shape).flatten(1)
+        log_probs_NK, tokens_NK = self._best_tokens(output.logits_KW)
+        scores_SBK = log_probs_NK.reshape(count, width, top_k)
+        scores_SP = (scores_SBK + self.beam_scores[:, :width, None]).reshape(count, -1)
+        tokens_SP = tokens_NK.reshape(count, -1)
         self.tokens.append(tokens_SP)
         self.scores.append(scores_SP)
-        self.parents.append(self.beam_nodes.repeat_interleave(width, dim=1))
-        best_SK = scores_SP.topk(width, dim=1).indices
-        parent_SK = best_SK // width
-        self.beam_scores = scores_SP.gather(1, best_SK)
-        self.beam_tokens = tokens_SP.gather(1, best_SK)
+        self.parents.append(self.beam_nodes[:, :width].repeat(top_k, axis=1))
+        best_SK = (-scores_SP).argsort(axis=1, kind="stable")[:, :top_k]
+        parent_SK = best_SK // top_k
+        self.beam_scores = np.take_along_axis(scores_SP, best_SK, 1)
+        self.beam_tokens = np.take_along_axis(tokens_SP, best_SK, 1)
         self.beam_nodes = self.count + best_SK
-        hidden_SKH = output.hidden_KH.view(*shape[:2], -1)
-        self.beam_hidden = _rows(hidden_SKH, parent_SK)
-        self.beam_sees = torch.cat((_rows(self.beam_sees, parent_SK), self.own_SKK), dim=2)
-        self.count += width * width
+        self.beam_sees = np.take_along_axis(sees_SBT, parent_SK[..., None], 1)
+        rows_N = (parent_SK + width * np.arange(count)[:, None]).ravel()
+        hidden_NH = output.hidden_KH.index_select(0, torch.tensor(rows_N, device=self.device))
+        self.beam_hidden = hidden_NH.view(count, top_k, -1)
+        self.count += width * top_k
 
-    def log_probabilities(self) -> tuple[list[Floats], Floats]:
-        """Of all nodes, by level, and of the beams."""
-        levels = [scores_SP.cpu().double().numpy() for scores_SP in self.scores]
-        return levels, self.beam_scores.cpu().double().numpy()
+    def _best_tokens(self, logits_NW: Tensor) -> tuple[Floats, Ids]:
+        """Log-probabilities and target ids [N, K] of the likeliest tokens, best first."""
+        best = top_tokens(logits_NW, self.top_k)
+        return best[0].double().cpu().numpy(), self.d2t_W[best[1].cpu().numpy()]
 
     def rerank(self, root_ids: Sequence[int], sizes: Sequence[int]) -> list[DraftTree]:
         """Keep the best `size - 1` nodes of all levels of each sequence.
@@ -213,10 +235,10 @@ class _Growth:
         The stable sort breaks ties in favour of the shallower node, and a child never scores
         above its parent, so what is kept is a tree.
         """
-        scores_SP = torch.cat(self.scores, dim=1)
-        order_SP = scores_SP.argsort(dim=1, descending=True, stable=True)
-        order_SP, scores_SP = order_SP[:, : max(sizes) - 1].cpu(), scores_SP.cpu()
-        tokens_SP, parents_SP = (torch.cat(x, dim=1).cpu() for x in (self.tokens, self.parents))
+        scores_SP, tokens_SP, parents_SP = (
+            np.concatenate(levels, axis=1) for levels in (self.scores, self.tokens, self.parents)
+        )
+        order_SP = (-scores_SP).argsort(axis=1, kind="stable")
         return [
             _kept(
                 order_SP[row, : size - 1], tokens_SP[row], parents_SP[row], scores_SP[row], root_id
@@ -225,27 +247,32 @@ class _Growth:
         ]
 
 
-def _kept(
-    order_N: Tensor, tokens_P: Tensor, parents_P: Tensor, scores_P: Tensor, root_id: int
-) -> DraftTree:
+def _kept(order_N: Ids, tokens_P: Ids, parents_P: Ids, scores_P: Floats, root_id: int) -> DraftTree:
     """The tree of the nodes that `order_N` names, best first."""
-    kept, place = order_N.sort()
+    place = order_N.argsort()
+    kept = order_N[place]
     new_index = {0: 0} | {old + 1: new for new, old in enumerate(kept.tolist(), start=1)}
     return DraftTree(
-        token_ids_N=torch.cat((torch.tensor([root_id]), tokens_P[kept])),
+        token_ids_N=torch.tensor([root_id, *tokens_P[kept].tolist()]),
         parents=(-1, *(new_index[parent] for parent in parents_P[kept].tolist())),
         ranks=(0, *(rank + 1 for rank in place.tolist())),
         scores=(0.0, *scores_P[kept].tolist()),
     )
 
 
-def _rows(x_SKX: Tensor, index_SK: Tensor) -> Tensor:
-    """Of each sequence, the rows that the index names."""
-    return x_SKX.gather(1, index_SK[..., None].expand(-1, -1, x_SKX.shape[2]))
+def top_tokens(logits_NW: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Log-probabilities, float32, and draft ids [N, K] of the K best tokens, best first.
 
-
-def _top(logits_KW: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """Log-probabilities and draft ids [K, top_k] of the best tokens, best first."""
-    logits_KW = logits_KW.float()
-    best = logits_KW.topk(top_k, dim=-1)
-    return best.values - logits_KW.logsumexp(-1, keepdim=True), best.indices
+    Of a large vocabulary, the tokens are looked for in the blocks with the largest maxima: as
+    many blocks as tokens hold them all, and finding maxima is faster than sorting.
+    """
+    log_probs_NW = logits_NW.float().log_softmax(-1)
+    size = log_probs_NW.shape[1]
+    if size % BLOCK or size < 4 * BLOCK * count:
+        best = log_probs_NW.topk(count, dim=-1)
+        return best.values, best.indices
+    blocks = log_probs_NW.unflatten(1, (-1, BLOCK))
+    at_NK = blocks.amax(-1).topk(count, dim=-1).indices
+    best = blocks.gather(1, at_NK[..., None].expand(-1, -1, BLOCK)).flatten(1).topk(count, dim=-1)
+    block_NK = at_NK.gather(1, best.indices // BLOCK)
+    return best.values, block_NK * BLOCK + best.indices % BLOCK

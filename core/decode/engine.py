@@ -299,7 +299,7 @@ class SpeculativeDecoder:
             assert self.drafter is not None
             rule = None
             if choice is not None and self.policy is not None:
-                rule = partial(self.policy.goes_deeper, choice)
+                rule = partial(self.policy.width, choice)
             started = self.policy.clock() if self.policy else 0.0
             trees = self.drafter.draft(wanting, rule)
             drafts = {one.id: tree for one, tree in zip(wanting, trees, strict=True)}

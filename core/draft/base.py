@@ -104,20 +104,32 @@ class LossSums:
 
 @dataclass
 class DraftCache:
-    """Keys and values [1, G, M, E] of a head with one decoder layer: M rows, preallocated.
+    """Keys and values of a head with one decoder layer: M rows, preallocated.
 
     Many sequences may share it, each with a stretch of its own; a sequence alone begins at row 0
     and has read `committed` positions.
+
+    Attributes:
+        joint: both in one buffer [2G, M, E], keys first.
     """
 
-    keys: Tensor
-    values: Tensor
+    joint: Tensor
     committed: int = 0
+
+    @property
+    def keys(self) -> Tensor:
+        """[G, M, E], a view."""
+        return self.joint[: len(self.joint) // 2]
+
+    @property
+    def values(self) -> Tensor:
+        """[G, M, E], a view."""
+        return self.joint[len(self.joint) // 2 :]
 
     @property
     def max_tokens(self) -> int:
         """Rows that it has room for."""
-        return self.keys.shape[2]
+        return self.joint.shape[1]
 
 
 @dataclass(frozen=True)

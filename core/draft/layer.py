@@ -27,6 +27,7 @@ class RotaryEmbedding(nn.Module):
         exponent = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
         # Not a buffer: `head.to(bfloat16)` would round it, and far positions would be wrong.
         self.inverse_frequency = theta**-exponent
+        self._table: tuple[Tensor, Tensor] | None = None
 
     def forward(self, positions_T: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin, float32 [T, E] each, of integer positions [T]."""
@@ -34,6 +35,15 @@ class RotaryEmbedding(nn.Module):
         angles = positions_T[:, None].float() * inverse_frequency[None, :]
         angles = torch.cat((angles, angles), dim=-1)
         return angles.cos(), angles.sin()
+
+    def looked_up(self, positions_T: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The same on CPU, in another dtype, from a table: computing it takes longer."""
+        most = int(positions_T.max())
+        if self._table is None or self._table[0].dtype != dtype or len(self._table[0]) <= most:
+            cos_TE, sin_TE = self(torch.arange(2 * max(most, 512)))
+            self._table = cos_TE.to(dtype), sin_TE.to(dtype)
+        cos_TE, sin_TE = self._table
+        return cos_TE.index_select(0, positions_T), sin_TE.index_select(0, positions_T)
 
 
 def rotate(x: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
@@ -177,6 +187,8 @@ class Attention(nn.Module):
     ) -> Tensor:
         """Write positions of several sequences into a cache, and attend to it.
 
+        The reference of `core.models.fused_layer`, which does this with packed layers.
+
         Args:
             x_NI: [N, I].
             cos_NE: of the N positions; so is `sin_NE`.
@@ -189,13 +201,13 @@ class Attention(nn.Module):
         """
         cos_N1E, sin_N1E = cos_NE[:, None], sin_NE[:, None]
         key_NGE = rotate(self._heads(self.k_proj(x_NI)), cos_N1E, sin_N1E)
-        cache.keys[0].index_copy_(1, rows_N, key_NGE.transpose(0, 1))
-        cache.values[0].index_copy_(1, rows_N, self._heads(self.v_proj(x_NI)).transpose(0, 1))
+        cache.keys.index_copy_(1, rows_N, key_NGE.transpose(0, 1))
+        cache.values.index_copy_(1, rows_N, self._heads(self.v_proj(x_NI)).transpose(0, 1))
         if asking_K is not None:
             x_NI, cos_N1E, sin_N1E = x_NI[asking_K], cos_N1E[asking_K], sin_N1E[asking_K]
         query_KQE = rotate(self._heads(self.q_proj(x_NI)), cos_N1E, sin_N1E)
         scale = self.head_dim**-0.5
-        out_KQE = ragged.attend(query_KQE.transpose(0, 1), cache.keys[0], cache.values[0], scale)
+        out_KQE = ragged.attend(query_KQE.transpose(0, 1), cache.keys, cache.values, scale)
         result: Tensor = self.o_proj(out_KQE.flatten(1))
         return result
 

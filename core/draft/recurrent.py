@@ -33,6 +33,7 @@ from core.draft.layer import ChainKeys, Layer, RotaryEmbedding
 from core.draft.packing import Packing
 from core.draft.vocabulary import DraftVocabulary
 from core.errors import InputError
+from core.models.fused_layer import FusedLayer, Heads
 from core.models.packed import pack_linears
 from core.models.ragged import RaggedBatch, Span
 
@@ -127,6 +128,11 @@ class RecurrentHead(DraftHead):
         self.rotary = RotaryEmbedding(geometry.head_dim, geometry.rope_theta)
         self.embedding_VH: Tensor | None = None
         self._output_head_VH: Tensor | None = None
+        # The layer in few operators, where its weights are packed.
+        self.fused: FusedLayer | None = None
+        self._heads = Heads(
+            geometry.num_attention_heads, geometry.num_key_value_heads, geometry.head_dim
+        )
 
     # What an algorithm defines
 
@@ -170,6 +176,10 @@ class RecurrentHead(DraftHead):
         self.eval().requires_grad_(False)
         if packed:
             pack_linears(self)
+            layer = self.layer
+            self.fused = FusedLayer.of(
+                layer.self_attn, layer.mlp, layer.post_attention_layernorm, self._heads
+            )
         self._output_head_VH = None
 
     @torch.no_grad()
@@ -278,8 +288,8 @@ class RecurrentHead(DraftHead):
     def new_cache(self, max_tokens: int) -> DraftCache:
         """See base class."""
         assert self.embedding_VH is not None, "attach_target comes first"
-        shape = (1, self.geometry.num_key_value_heads, max_tokens, self.geometry.head_dim)
-        return DraftCache(self.embedding_VH.new_zeros(shape), self.embedding_VH.new_zeros(shape))
+        shape = (2 * self._heads.keys, max_tokens, self._heads.size)
+        return DraftCache(self.embedding_VH.new_zeros(shape))
 
     def extend_all(
         self,
@@ -348,11 +358,14 @@ class RecurrentHead(DraftHead):
         """
         x_NI, residual_NH = self.layer_input(*read)
         device = x_NI.device
-        cos, sin = self.rotary(positions_N.to(device))
+        rows_N = rows_N.to(device)
         asking_K = None if asking_K is None else asking_K.to(device)
-        attention_KH = self.layer.self_attn.cached(
-            x_NI, cos, sin, cache, rows_N.to(device), RaggedBatch(tuple(spans)), asking_K
-        )
+        ragged = RaggedBatch(tuple(spans))
+        if self.fused is not None:
+            turn = self._heads.rotation(*self.rotary.looked_up(positions_N, x_NI.dtype))
+            return self.fused(x_NI, residual_NH, turn, cache.joint, rows_N, ragged, asking_K)
+        cos, sin = self.rotary(positions_N.to(device))
+        attention_KH = self.layer.self_attn.cached(x_NI, cos, sin, cache, rows_N, ragged, asking_K)
         if asking_K is not None:
             residual_NH = residual_NH[asking_K]
         return self.layer.after_attention(residual_NH, attention_KH)

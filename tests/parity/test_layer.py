@@ -131,7 +131,7 @@ def test_cached_attention_with_a_mask_and_repeated_positions() -> None:
     sees[4, 3] = sees[5, 3] = False
     mask = torch.zeros(6, 6).masked_fill(~sees, float("-inf"))[None, None]
     wanted, _ = theirs(x_1TH, position_embeddings=_hf_rotary(positions_T), attention_mask=mask)
-    cache = DraftCache(torch.zeros(1, 2, 9, 8), torch.zeros(1, 2, 9, 8))
+    cache = DraftCache(torch.zeros(4, 9, 8))
     cos, sin = RotaryEmbedding(8, 5000.0)(positions_T)
     parts = [
         ours.cached(
@@ -152,7 +152,7 @@ def test_cached_attention_of_several_sequences_last_positions() -> None:
     ours, theirs = _attentions()
     lengths, firsts = (6, 2, 4), (3, 12, 15)
     x = [torch.randn(length, CONFIG.hidden_size) for length in lengths]
-    cache = DraftCache(torch.full((1, 2, 20, 8), 9.0), torch.full((1, 2, 20, 8), 9.0))
+    cache = DraftCache(torch.full((4, 20, 8), 9.0))
     positions_N = torch.cat([torch.arange(length) for length in lengths])
     rows_N = torch.cat([torch.arange(n) + f for n, f in zip(lengths, firsts, strict=True)])
     cos, sin = RotaryEmbedding(8, 5000.0)(positions_N)

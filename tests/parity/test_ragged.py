@@ -14,7 +14,8 @@ from core.decode.forward import Piece, target_pass
 from core.decode.requests import Request
 from core.decode.rows import RowCache
 from core.decode.tree import DraftTree, TreePlan
-from core.models.ragged import RaggedBatch, Span, use_ragged_attention
+from core.models import ragged
+from core.models.ragged import RaggedBatch, Span, _products_pay, use_ragged_attention
 from core.models.target import Target
 from tests.heads import random_head
 
@@ -47,6 +48,30 @@ def test_a_ragged_batch_attends_as_a_dense_mask_does(heads: int) -> None:
         scale=0.3,
     )
     torch.testing.assert_close(found, wanted[0].transpose(0, 1), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("tokens", [1, 6, 24])
+def test_attention_by_products_is_the_kernels(monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
+    """In bfloat16 and behind a long text, where scores are rounded to 8 bits, as HF's eager does.
+
+    A score of 4 is rounded by 2⁻⁷ at most, and so is its weight, relative to its size.
+    """
+    draw = torch.Generator().manual_seed(tokens)
+    keys, values = (torch.randn(2, 900, 16, generator=draw).bfloat16() for _ in range(2))
+    query = torch.randn(6, tokens, 16, generator=draw).bfloat16()
+    sees_TT = torch.ones(tokens, tokens, dtype=torch.bool).tril() if tokens > 1 else None
+    batch = RaggedBatch((Span(7, 850, tokens, sees_TT),))
+    assert _products_pay(2, 3, Span(7, 1850, tokens), query)
+    monkeypatch.setattr(ragged, "SCORES_AT_LEAST", 0)
+    found = batch.attend(query, keys, values, 0.25)
+    wanted = F.scaled_dot_product_attention(
+        query.float()[None],
+        keys.float().repeat_interleave(3, 0)[None],
+        values.float().repeat_interleave(3, 0)[None],
+        attn_mask=batch.dense_mask(900),
+        scale=0.25,
+    )
+    torch.testing.assert_close(found.float(), wanted[0].transpose(0, 1), rtol=2**-7, atol=2**-9)
 
 
 def test_a_pass_over_trees_and_prompts_is_the_dense_masks(deep_target: Target) -> None:

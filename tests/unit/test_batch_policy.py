@@ -99,13 +99,25 @@ def test_trees_grow_while_a_level_promises_more() -> None:
     for expand, deeper in ((0.01, True), (5.0, False)):
         policy = _policy(BatchCosts({1: 1.0, 64: 1.5}, 0.0, {1: 0.1}, {1: expand}))
         now = _begin(policy, 1)
-        assert policy.goes_deeper(now, levels[:1], levels[0]) is deeper
-        assert now.expansions == int(deeper)
+        first = policy.width(now, levels[:1], levels[0])
+        assert bool(first) is deeper
+        assert now.expanded == [first][:deeper]
         if deeper:
-            assert policy.goes_deeper(now, levels, levels[1][:, :2])
-            assert now.expansions == 2
+            second = policy.width(now, levels, levels[1][:, :2])
+            assert second and now.expanded == [first, second]
     at_the_end = [*levels, levels[1], levels[1], levels[1]]
-    assert not policy.goes_deeper(_begin(policy, 1), at_the_end, levels[1][:, :2])
+    assert not policy.width(_begin(policy, 1), at_the_end, levels[1][:, :2])
+
+
+def test_only_nodes_are_expanded_whose_children_would_be_verified() -> None:
+    beams = np.log(np.array([[0.9, 0.6, 0.2, 0.001], [0.9, 0.1, 0.003, 0.001]]))
+    # What a node more takes of a plain step's time decides whose children are worth it.
+    for share, width in ((0.0, 4), (0.02, 3), (0.15, 1), (0.4, 0)):
+        costs = BatchCosts({1: 1.0, 101: 1.0 + 100 * share}, 0.0, {1: 0.1}, {1: 0.001})
+        policy = _policy(costs, TreePlan(60, 4, 4))
+        now = _begin(policy, 2)
+        assert policy.width(now, [beams], beams) == width
+        assert now.expanded == [2 * width][: width > 0]
 
 
 def test_drafts_that_give_nothing_pause_longer_each_time() -> None:
@@ -173,14 +185,14 @@ def test_costs_are_lines_between_what_was_measured_and_follow_the_machine() -> N
     assert costs.verify(25, 1) == pytest.approx(6.0)
     assert costs.verify(9, 3) == pytest.approx(2.5)
     assert costs.verify_up_to(8, 2, 1).tolist() == pytest.approx([1.875, 2.0, 2.25])
-    assert costs.draft(2, 2) == pytest.approx(0.6 + 0.2)
+    assert costs.draft([1, 1], 2) == pytest.approx(0.6 + 0.2)
     for _ in range(100):
         costs.took_verify(9, 1, 4.0)
-        costs.took_draft(2, 1, 1.4)
+        costs.took_draft([1, 1], 1, 1.4)
     assert costs.verify(9, 1) == pytest.approx(4.0, rel=0.01)
     # Sizes that did not occur are expected to be as much slower.
     assert costs.verify(1, 1) == pytest.approx(2.0, rel=0.01)
-    assert costs.draft(2, 1) == pytest.approx(1.4, rel=0.01)
+    assert costs.draft([1, 1], 1) == pytest.approx(1.4, rel=0.01)
 
 
 def test_one_interruption_changes_little() -> None:
