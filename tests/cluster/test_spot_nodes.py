@@ -33,7 +33,7 @@ def cluster() -> Iterator[Cluster]:
     quick = {
         "health_check_initial_delay_ms": 0,
         "health_check_period_ms": 1000,
-        "health_check_failure_threshold": 5,
+        "health_check_failure_threshold": 20,
     }
     head = {"num_cpus": 0, "include_dashboard": False, "object_store_memory": STORE}
     cluster = Cluster(initialize_head=True, head_node_args={**head, "_system_config": quick})
