@@ -98,12 +98,15 @@ def run(
     """A run, from the last checkpoint if there is one; None if it was stopped."""
     import core.train.loop
 
-    core.train.loop.LOG_EVERY = 1
+    before, core.train.loop.LOG_EVERY = core.train.loop.LOG_EVERY, 1
     host = FolderHost(kept, stop_after, rank, torch.distributed.get_world_size())
     try:
         return finetune(task, output, "run", host, CPU)
     except KeyboardInterrupt:
         return None
+    finally:
+        # One of the processes is that of all other tests.
+        core.train.loop.LOG_EVERY = before
 
 
 @pytest.mark.parametrize(("architecture", "tied"), MODELS)
