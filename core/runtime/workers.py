@@ -296,11 +296,15 @@ class _FailureLog(UserCallback):
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self._last: dict[int, str] = {}
 
     def after_exception(self, run_context: object, worker_exceptions: dict[int, Exception]) -> None:
         """See `UserCallback`."""
         failures = {rank: str(error).strip() for rank, error in sorted(worker_exceptions.items())}
-        append_json_line(self._folder / FAILURES, {"time": time.time(), "workers": failures})
+        # While Ray waits for an announced loss, it hands over the same failure at every look.
+        if failures != self._last:
+            append_json_line(self._folder / FAILURES, {"time": time.time(), "workers": failures})
+        self._last = failures
 
 
 class Follower(Watcher):

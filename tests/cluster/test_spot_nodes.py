@@ -24,7 +24,7 @@ from tests.tiny_targets import save_tiny, write_tiny_examples
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.soak]
 
-STORE = 80_000_000
+STORE, NOTICE_SECONDS = 80_000_000, 30
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def cluster() -> Iterator[Cluster]:
     quick = {
         "health_check_initial_delay_ms": 0,
         "health_check_period_ms": 1000,
-        "health_check_failure_threshold": 5,
+        "health_check_failure_threshold": 20,
     }
     head = {"num_cpus": 0, "include_dashboard": False, "object_store_memory": STORE}
     cluster = Cluster(initialize_head=True, head_node_args={**head, "_system_config": quick})
@@ -113,7 +113,7 @@ def test_an_announced_loss_is_preceded_by_a_checkpoint(cluster: Cluster, tmp_pat
     run.wait_for("step 50", lambda: last_step(run.output) >= 50)
     doomed = sorted(cluster.worker_nodes, key=lambda n: n.node_id)[0]
     reason = DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
-    deadline = int((time.time() + 600) * 1000)
+    deadline = int((time.time() + NOTICE_SECONDS) * 1000)
     taken, _ = GcsClient(address=cluster.address).drain_node(
         doomed.node_id, reason, "a spot instance is taken back", deadline
     )
@@ -123,7 +123,7 @@ def test_an_announced_loss_is_preceded_by_a_checkpoint(cluster: Cluster, tmp_pat
     (checkpoint,) = kept.glob("step-*")
     step = int(checkpoint.name.removeprefix("step-"))
     assert 50 <= step < 3000
-    cluster.remove_node(doomed, False)
+    # When the time is up Ray takes the workers from the node, and needs another.
     cluster.add_node(num_cpus=1, object_store_memory=STORE)
     run.join(PATIENCE_SECONDS)
     assert (run.report["steps"], run.report["workers"]) == (3000, 2)
