@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ ENCODED_SCHEMA = pa.schema(
 ARRAYS = ("input_ids", "loss_mask")
 
 
-def encode_all(selected: Path, config: Config, tokenizer: str) -> Iterator[dict[str, Any]]:
+def encode_all(selected: Path, config: Config, tokenizer: str) -> Generator[dict[str, Any]]:
     """Encode with Ray Data, streaming, in the given order.
 
     Args:

@@ -7,7 +7,8 @@ back. A shard's bytes depend on its examples, the target and the batch budget al
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,9 +113,10 @@ def extract_features(config: Config, folder: RunFolder) -> Mapping[str, Any]:
     with Progress(STAGE, total=total, unit="shards", skipped=skipped) as progress:
         if tasks:
             say(STAGE, f"loading the target in {replicas} replica(s)")
-            for row in extract_in_pool(tasks, replicas, config, manifest):
-                figures.add(row)
-                progress.advance(1, tokens=row["tokens"])
+            with closing(extract_in_pool(tasks, replicas, config, manifest)) as rows:
+                for row in rows:
+                    figures.add(row)
+                    progress.advance(1, tokens=row["tokens"])
     # This run's own killed replicas leave some too; a stray one of an earlier run, which is about
     # to be killed, loses nothing that counts.
     remove_leftovers(output, older_than=time.time())
@@ -214,7 +216,7 @@ class _Replica(ShardReplica):
 
 def extract_in_pool(
     tasks: Sequence[dict[str, str]], replicas: int, config: Config, manifest: Manifest
-) -> Iterator[Mapping[str, Any]]:
+) -> Generator[Mapping[str, Any]]:
     """Compute the shards of these rows in a pool of replicas.
 
     Args:

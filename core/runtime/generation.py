@@ -14,6 +14,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -273,9 +274,10 @@ class _Pool:
         config = self.config.replace(target={"path": location})
         settings = _ReplicaSettings(config, self.fingerprint)
         figures = PoolFigures()
-        for row in run_pool(tasks, _Replica, settings, size, fits):
-            figures.add(row)
-            progress.advance(1, tokens=row["tokens"])
+        with closing(run_pool(tasks, _Replica, settings, size, fits)) as rows:
+            for row in rows:
+                figures.add(row)
+                progress.advance(1, tokens=row["tokens"])
         self.nodes |= figures.nodes
         self._tokens += figures.tokens
         self._seconds += figures.seconds

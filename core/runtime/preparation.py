@@ -16,6 +16,7 @@ import json
 import shutil
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -196,21 +197,21 @@ def _write(
     pool = PromptPool(aside / "candidates.jsonl", data.prompt_tokens)
     split_up = {"conversations_split": 0, "answers_cut": 0, "parts_without_answer": 0}
     late = to_learn = 0
-    rows = encode_all(aside / SELECTED, config, hashes[0])
-    # The first takes as long as the workers take to start, which says nothing about the rate.
-    rows = itertools.chain([next(rows)], rows)
-    with Progress(STAGE, total=report["conversations"], unit="conversations") as progress:
-        for row in rows:
-            progress.advance(1, tokens=sum(len(ids) for ids in row["input_ids"]))
-            _offer(pool, row)
-            examples = list(_examples(row))
-            for example in examples:
-                writers[SPLITS[row["held_out"]]].add(example)
-            to_learn += row["kind"] != "prompt"
-            late += not examples and row["kind"] != "prompt"
-            split_up["conversations_split"] += len(row["input_ids"]) > 1
-            split_up["answers_cut"] += sum(row["cut"])
-            split_up["parts_without_answer"] += len(row["input_ids"]) - len(examples)
+    with closing(encode_all(aside / SELECTED, config, hashes[0])) as encoded:
+        # The first takes as long as the workers take to start, which says nothing about the rate.
+        rows = itertools.chain([next(encoded)], encoded)
+        with Progress(STAGE, total=report["conversations"], unit="conversations") as progress:
+            for row in rows:
+                progress.advance(1, tokens=sum(len(ids) for ids in row["input_ids"]))
+                _offer(pool, row)
+                examples = list(_examples(row))
+                for example in examples:
+                    writers[SPLITS[row["held_out"]]].add(example)
+                to_learn += row["kind"] != "prompt"
+                late += not examples and row["kind"] != "prompt"
+                split_up["conversations_split"] += len(row["input_ids"]) > 1
+                split_up["answers_cut"] += sum(row["cut"])
+                split_up["parts_without_answer"] += len(row["input_ids"]) - len(examples)
     for writer in writers.values():
         writer.flush()
     num_prompts = pool.write(made / "prompts.jsonl")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -49,14 +50,17 @@ def scan(config: Config, aside: Path) -> dict[str, Any]:
     spool = Spool(
         aside / "spool", num_partition_bits(sum(s.num_bytes or ASSUMED_BYTES for s in sources))
     )
-    for batch in _scanned_blocks(sources, data):
-        is_counts = batch["counts"].is_valid()
-        for found in batch.filter(is_counts)["counts"].to_pylist():
-            counts.merge(json.loads(found))
-        spool.add(batch.filter(pc.invert(is_counts)))
-        if time.monotonic() - started > SECONDS_BETWEEN_LINES:
-            say(STAGE, f"{counts.read:,} conversations read, {len(spool):,} different ones kept")
-            started = time.monotonic()
+    # Left open by an error, it would start a new Ray when it is closed at the process's end.
+    with closing(_scanned_blocks(sources, data)) as blocks:
+        for batch in blocks:
+            is_counts = batch["counts"].is_valid()
+            for found in batch.filter(is_counts)["counts"].to_pylist():
+                counts.merge(json.loads(found))
+            spool.add(batch.filter(pc.invert(is_counts)))
+            if time.monotonic() - started > SECONDS_BETWEEN_LINES:
+                read, kept = counts.read, len(spool)
+                say(STAGE, f"{read:,} conversations read, {kept:,} different ones kept")
+                started = time.monotonic()
     spool.close()
     if counts.fatal:
         raise InputError(min(counts.fatal))
@@ -132,7 +136,7 @@ def _say_what_was_read(
         )
 
 
-def _scanned_blocks(sources: list[Source], data: DataConfig) -> Iterator[pa.Table]:
+def _scanned_blocks(sources: list[Source], data: DataConfig) -> Generator[pa.Table]:
     """Tables of SCANNED_SCHEMA, in any order."""
     quiet_ray_data()
     workers = num_workers(data)
