@@ -64,8 +64,10 @@ class DecoderReplicas:
             raise ReplicaLostError(str(error)) from error
         except Exception as error:
             raise _api_error(error) from error
-        finally:
+        except BaseException:
+            # Nobody waits any more. Of a call that has failed, this would raise the failure again.
             response.cancel()
+            raise
 
     async def tokenize(self, prompt: Prompt, field: str) -> Tokens | Rejected:
         """The tokens that a prompt is read as."""

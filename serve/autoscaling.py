@@ -80,7 +80,8 @@ def decide(fleet: Fleet, target_backlog_s: float) -> Wanted:
     if fleet.refused and fleet.replicas >= wanted:
         wanted, reason = fleet.replicas + 1, f"{fleet.refused:.0f} requests were refused"
     if wanted > fleet.requests:
-        wanted, reason = math.ceil(fleet.requests), f"no more than {fleet.requests:.0f} requests"
+        wanted = math.ceil(fleet.requests)
+        reason += f", but no more than {fleet.requests:.0f} requests"
     busy = MOST_BUSY * fleet.full_tokens_per_second
     needed = math.ceil(fleet.produced_per_second / busy) if busy else 0
     if wanted < min(needed, fleet.target):

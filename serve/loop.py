@@ -151,16 +151,28 @@ class DecodingLoop:
         with self._changed:
             if self._closing:
                 raise ClosingError("this replica is shutting down; try again")
-            there = sum(turn.open for turn in self._turns)
-            if there + len(requests) > self.most:
-                self._refused += 1
-                raise BusyError(
-                    f"{there} of at most {self.most} requests are decoded or wait already, and "
-                    f"{len(requests)} more do not fit; try again later"
-                )
+            self._check_room(len(requests))
             self._turns += visit.turns
             self._changed.notify()
         return visit
+
+    def check_room(self, count: int) -> None:
+        """Refuse early what `join` would refuse, before any work is done for it.
+
+        Raises:
+            BusyError: too many are at work or wait.
+        """
+        with self._changed:
+            self._check_room(count)
+
+    def _check_room(self, count: int) -> None:
+        there = sum(turn.open for turn in self._turns)
+        if there + count > self.most:
+            self._refused += 1
+            raise BusyError(
+                f"{there} of at most {self.most} requests are decoded or wait already, and "
+                f"{count} more do not fit; try again later"
+            )
 
     def close(self) -> None:
         """Take nothing new, and end when what was begun is done; does not wait for that."""

@@ -152,16 +152,20 @@ class DecoderReplica:
         from core.decode.requests import Request
         from core.decode.sampling import SamplingSettings
 
-        try:
-            prompts = [self._prompt_ids(prompt) for prompt in request.prompts]
-        except UserError as error:
-            return Rejected(str(error), param=request.prompt_field)
         if request.num_answers > self._loop.most:
             return Rejected(
                 f"{request.num_answers} answers are asked for, and this server takes "
                 f"{self._loop.most} at a time; send several requests",
                 param=request.prompt_field,
             )
+        try:
+            # Before anything is done for it: when most are refused, that is what counts.
+            self._loop.check_room(request.num_answers)
+            prompts = [self._prompt_ids(prompt) for prompt in request.prompts]
+        except BusyError as error:
+            return _not_now(error, 429, "queue_full")
+        except UserError as error:
+            return Rejected(str(error), param=request.prompt_field)
         longest = _longest(decoder)
         for prompt_ids in prompts:
             if too_long := _too_long(request, len(prompt_ids), longest):

@@ -64,6 +64,7 @@ def make_models(folder: Path) -> Config:
             "model_name": "tiny",
             "cpus_per_replica": 1,
             "admin_keys": (key_hash(ADMIN_KEY),),
+            "autoscaling_log": str(folder / "autoscaling.jsonl"),
         },
         cluster={"address": "local", "num_cpus": 2, "object_store_mb": 100},
     )

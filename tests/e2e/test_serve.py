@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -318,6 +319,21 @@ def test_a_head_is_swapped_under_load(
     assert (promoted.status_code, promoted.json()["state"]) == (200, "promoted")
     assert len(found) >= 9
     assert all(text == expected[prompt].text for prompt, text in found)
+
+
+def test_the_controller_hears_how_fast_the_replicas_are(
+    served: Served, client: openai.OpenAI
+) -> None:
+    create(client)
+    log = Path(served.config.serve.autoscaling_log or "")
+    deadline = time.monotonic() + TIMEOUT_S
+    while True:
+        last = json.loads(log.read_text().splitlines()[-1])
+        if last["tokens_per_second"]:
+            break
+        assert time.monotonic() < deadline, last
+        time.sleep(0.2)
+    assert (last["replicas"], last["wanted"], last["serve_default"]) == (1, 1, 1)
 
 
 def test_the_terminal_chat(served: Served, expected: dict[str, Expected]) -> None:

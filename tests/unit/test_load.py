@@ -151,19 +151,19 @@ def test_a_sample_is_of_different_questions_spread_over_the_time() -> None:
 
 def test_policies_disagree_where_they_do_for_two_seconds() -> None:
     def decision(time: float, wanted: int, default: int) -> dict[str, Any]:
-        more = {"requests": 6, "backlog_s": 9.0, "reason": "so"}
-        return {"time": time, "wanted": wanted, "serve_default": default, **more}
+        more = {"requests": time, "backlog_s": 9.0}
+        return {"at_s": time, "wanted": wanted, "serve_default": default, **more}
 
     decisions = [
         decision(10, 1, 1),
-        *(decision(at, 3, 1) for at in (11, 12, 13)),
+        *(decision(at, 2 + at % 2, 1) for at in (11, 12, 13)),
         # Above what there may be, both mean three.
         decision(14, 5, 4),
         decision(15, 1, 2),
         decision(16, 1, 1),
     ]
     (found,) = _otherwise(decisions, 3)
-    assert (found["from_s"], found["to_s"]) == (1, 3)
+    assert (found["from_s"], found["to_s"], found["requests"]) == (11, 13, 13)
     assert (found["wanted"], found["serve_default"]) == (3, 1)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +46,8 @@ async def autoscaling(config: Config, prompts: Sequence[str], folder: Path) -> M
     (folder / LOG).unlink(missing_ok=True)
     seen: list[dict[str, float]] = []
     parts: dict[str, Any] = {}
-    began = time.time()
     with aerie_server(config, folder) as server:
+        began = time.time()
         async with Client(server.url, server.model) as client:
 
             async def look() -> None:
@@ -57,17 +57,22 @@ async def autoscaling(config: Config, prompts: Sequence[str], folder: Path) -> M
 
             await sampled(_phases(config, prompts, client, parts), look, SAMPLE_EVERY_S)
             await _settled(config.serve.replicas, look, seen)
-    decisions = [json.loads(line) for line in (folder / LOG).read_text().splitlines()]
-    report = {
-        "began": began,
+    report: dict[str, Any] = {
         "parts": parts,
-        "seen": seen,
-        "changes": _changes(seen),
-        "otherwise": _otherwise(decisions, config.serve.max_replicas),
+        "seen": _since(seen, began),
+        "decisions": _since(map(json.loads, (folder / LOG).read_text().splitlines()), began),
     }
+    report["changes"] = _changes(report["seen"])
+    report["otherwise"] = _otherwise(report["decisions"], config.serve.max_replicas)
     report["kept"] = _promises(report, config)
-    _plot(report, decisions, config, folder / "autoscaling.png")
+    _plot(report, config, folder / "autoscaling.png")
     return report
+
+
+def _since(moments: Iterable[Mapping[str, Any]], began: float) -> list[dict[str, Any]]:
+    """What came after a time, with the seconds since then."""
+    seconds = [{**one, "at_s": one["time"] - began} for one in moments]
+    return [one for one in seconds if one["at_s"] >= 0]
 
 
 async def _phases(
@@ -102,9 +107,9 @@ def show_autoscaling(report: Mapping[str, Any]) -> None:
     )
     for one in report["otherwise"]:
         print(
-            f"  {one['from_s']:.0f} to {one['to_s']:.0f} s: Serve's own policy would have "
-            f"{one['serve_default']}, this one wants {one['wanted']} "
-            f"({one['requests']:.0f} requests, {one['reason']})"
+            f"  {one['from_s']:.0f} to {one['to_s']:.0f} s: this policy wants {one['wanted']}, "
+            f"Serve's own would have {one['serve_default']} "
+            f"(up to {one['requests']:.0f} requests, {one['backlog_s']:.1f} s of work)"
         )
     print_checks(report["kept"])
 
@@ -113,25 +118,30 @@ def _changes(seen: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
     changes: list[dict[str, float]] = []
     for one in seen:
         if not changes or changes[-1]["replicas"] != one["replicas"]:
-            at_s = one["time"] - seen[0]["time"]
-            changes.append({"at_s": at_s, "replicas": one["replicas"]})
+            changes.append({"at_s": one["at_s"], "replicas": one["replicas"]})
     return changes
 
 
 def _otherwise(decisions: Sequence[Mapping[str, Any]], most: int) -> list[dict[str, Any]]:
-    """Stretches of at least two seconds in which the two policies disagree, within the bounds."""
+    """Where one policy wants more than the other for two seconds or longer, within the bounds."""
     stretches: list[dict[str, Any]] = []
-    last = None
+    last = 0
     for one in decisions:
-        pair = min(most, one["wanted"]), max(1, min(most, one["serve_default"]))
-        at_s = one["time"] - decisions[0]["time"]
-        if last == pair and pair[0] != pair[1]:
-            stretches[-1]["to_s"] = at_s
-        elif pair[0] != pair[1]:
-            kept = {name: one[name] for name in ("requests", "backlog_s", "reason")}
-            both = {"wanted": pair[0], "serve_default": pair[1]}
-            stretches.append({"from_s": at_s, "to_s": at_s, **both, **kept})
-        last = pair
+        wanted, default = (max(1, min(most, one[name])) for name in ("wanted", "serve_default"))
+        sign = (wanted > default) - (wanted < default)
+        if sign and sign != last:
+            stretches.append({"from_s": one["at_s"], "requests": 0, "backlog_s": 0.0})
+        if sign:
+            stretch = stretches[-1]
+            stretch["to_s"] = one["at_s"]
+            for name in ("requests", "backlog_s"):
+                stretch[name] = max(stretch[name], one[name])
+            # As far apart as they were.
+            if abs(wanted - default) >= abs(
+                stretch.get("wanted", 0) - stretch.get("serve_default", 0)
+            ):
+                stretch |= {"wanted": wanted, "serve_default": default}
+        last = sign
     return [one for one in stretches if one["to_s"] - one["from_s"] >= 2]
 
 
@@ -147,24 +157,21 @@ def _promises(report: Mapping[str, Any], config: Config) -> dict[str, bool]:
     }
 
 
-def _plot(
-    report: Mapping[str, Any], decisions: Sequence[Mapping[str, Any]], config: Config, path: Path
-) -> None:
-    start = decisions[0]["time"]
-    at = [one["time"] - start for one in decisions]
+def _plot(report: Mapping[str, Any], config: Config, path: Path) -> None:
+    decisions, seen = report["decisions"], report["seen"]
+    at = [one["at_s"] for one in decisions]
     figure, (top, middle, bottom) = plt.subplots(
         3, 1, figsize=(9.6, 8), sharex=True, layout="constrained"
     )
-    seen = report["seen"]
     top.step(
-        [one["time"] - start for one in seen],
+        [one["at_s"] for one in seen],
         [one["replicas"] for one in seen],
         where="post",
         linewidth=3,
-        label="replicas",
+        label="replicas that run",
     )
     most = config.serve.max_replicas
-    for name, label in (("wanted", "wanted"), ("serve_default", "Serve's own policy")):
+    for name, label in (("wanted", "wanted"), ("serve_default", "wanted by Serve's own policy")):
         values = [max(1, min(most, one[name])) for one in decisions]
         top.step(at, values, where="post", label=label, linestyle="--")
     for one in report["otherwise"]:
@@ -173,11 +180,14 @@ def _plot(
     middle.plot(at, [one["backlog_s"] for one in decisions], label="work for one replica")
     middle.axhline(config.serve.target_backlog_s, linestyle=":", label="serve.target_backlog_s")
     middle.set(ylabel="seconds", ylim=(0, None))
-    bottom.plot(at, [one["requests"] for one in decisions], label="requests in hand")
     bottom.plot(at, [one["produced_per_second"] for one in decisions], label="tokens a second")
-    bottom.set(xlabel="seconds", ylim=(0, None))
+    bottom.set(xlabel="seconds", ylabel="tokens a second", ylim=(0, None))
+    requests = bottom.twinx()
+    requests.plot(at, [one["requests"] for one in decisions], color="tab:green", label="requests")
+    requests.set(ylabel="requests in hand", ylim=(0, None))
     for axes in (top, middle, bottom):
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
+    for axes, place in ((top, 0), (middle, 0), (bottom, "upper left"), (requests, "upper right")):
+        axes.legend(fontsize=8, loc=place)
     figure.savefig(path, dpi=110)
     plt.close(figure)
