@@ -69,7 +69,17 @@ class MetricLog:
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """All complete records of a folder's `metrics.jsonl`; none if there is no such file."""
-    path = folder / "metrics.jsonl"
+    return read_json_lines(folder / "metrics.jsonl")
+
+
+def append_json_line(path: Path, record: Mapping[str, Any]) -> None:
+    """One more record in a file with a JSON object a line."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """All complete records of a file that may still be written to; none if there is none."""
     if not path.exists():
         return []
     lines = path.read_text("utf-8").split("\n")

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from core.config import Config
 from core.runtime import chain, job
+from core.runtime.training import start_head
 from jobs import convert_model, evaluate_draft, extract_features, prepare_data, train_draft
 
 STAGES = (
@@ -31,8 +32,8 @@ STAGES = (
 
 
 def inputs(config: Config) -> dict[str, Path]:
-    """What comes from outside: the first stage's checkpoint and the conversations."""
-    return {**convert_model.JOB.inputs(config), **chain.data_input(config)}
+    """What comes from outside: the target's checkpoint, the conversations, a head to start from."""
+    return {**convert_model.JOB.inputs(config), **chain.data_input(config), **start_head(config)}
 
 
 JOB = job.Job(

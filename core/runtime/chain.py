@@ -91,7 +91,6 @@ def data_input(config: Config) -> dict[str, Path]:
         "target.path": config.target.path,
         "data.examples": config.data.examples,
         "features.path": config.features.path,
-        "draft.path": config.draft.path,
         "eval.prompts": config.eval.prompts,
     }
     if given := [name for name, value in made_here.items() if value is not None]:

@@ -38,9 +38,7 @@ CHECKPOINT_BYTES_PER_PARAMETER = 20
 
 def training_inputs(config: Config) -> Mapping[str, Path]:
     """The features, or the examples that they are streamed from, the target, and a head's start."""
-    start: dict[str, Path] = {}
-    if config.draft.path:
-        start["draft.path"] = resolve_path(config.draft.path, field="draft.path")
+    start = start_head(config)
     if streams(config):
         return {**extraction_inputs(config), **start}
     if not config.features.path:
@@ -50,6 +48,13 @@ def training_inputs(config: Config) -> Mapping[str, Path]:
         "target.path": target_folder(config.target.path),
         **start,
     }
+
+
+def start_head(config: Config) -> dict[str, Path]:
+    """The head that training goes on from, if one is given."""
+    if not config.draft.path:
+        return {}
+    return {"draft.path": resolve_path(config.draft.path, field="draft.path")}
 
 
 def counted_sections(config: Config) -> tuple[str, ...]:

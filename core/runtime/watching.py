@@ -9,7 +9,7 @@ from typing import Self
 
 
 class Watcher(ABC):
-    """Calls `look` in a thread of its own while it is entered, first at once.
+    """Calls `look` in a thread of its own while it is entered, first at once and last on leaving.
 
     What `look` raises ends the watching, not the work; Python prints it.
     """
@@ -40,3 +40,4 @@ class Watcher(ABC):
         self.look()
         while not self._done.wait(self._seconds):
             self.look()
+        self.look()

@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from ray.train import (
     FailureConfig,
     RunConfig,
     ScalingConfig,
+    UserCallback,
 )
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from ray.train.v2.api.config import LoggingConfig
@@ -34,11 +36,12 @@ from core.errors import StageError, UserError
 from core.progress import Progress, say
 from core.runtime.streaming import StreamBroken
 from core.runtime.watching import Watcher
-from core.tracking import read_metrics
+from core.tracking import append_json_line, read_json_lines, read_metrics
 from core.train.evaluation import ACCEPTED_LENGTH
 
 STORAGE = "ray_train"
 SNAPSHOT = "checkpoint_manager_snapshot.json"
+FAILURES = "failures.jsonl"
 SECONDS_BETWEEN_LOOKS = 1.0
 # Ray Train hands these on to its controller; what the user has set stays.
 RAY_TRAIN_SETTINGS = {
@@ -98,6 +101,7 @@ class WorkerGroup:
                 failure_config=FailureConfig(max_failures=train.max_failures),
                 checkpoint_config=CheckpointConfig(num_to_keep=train.keep_checkpoints),
                 worker_runtime_env={"env_vars": _worker_environment(train)},
+                callbacks=[_FailureLog(self.output)],
                 logging_config=LoggingConfig(log_level="ERROR"),
             ),
         )
@@ -217,6 +221,22 @@ def explain(error: Exception) -> Exception:
     )
 
 
+class _FailureLog(UserCallback):
+    """Writes `failures.jsonl` in the run's folder: when which workers failed, and of what.
+
+    The controller calls it. Metrics do not tell: a run that makes up for what it lost between
+    two looks at them seems never to have been disturbed.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def after_exception(self, run_context: object, worker_exceptions: dict[int, Exception]) -> None:
+        """See `UserCallback`."""
+        failures = {rank: str(error).strip() for rank, error in sorted(worker_exceptions.items())}
+        append_json_line(self._folder / FAILURES, {"time": time.time(), "workers": failures})
+
+
 class Follower(Watcher):
     """Prints progress from the metrics file, which a worker on any node may be writing.
 
@@ -230,9 +250,14 @@ class Follower(Watcher):
         self._tokens = 0
         # What an interrupted run left is no progress of this one.
         self._seen = len(read_metrics(folder))
+        self._failures = len(read_json_lines(folder / FAILURES))
 
     def look(self) -> None:
         """See `Watcher`."""
+        failures = read_json_lines(self._folder / FAILURES)
+        for failure in failures[self._failures :]:
+            say(self._stage, f"{_reason(failure)}; going on from the last checkpoint")
+        self._failures = len(failures)
         records = read_metrics(self._folder)
         if len(records) != self._seen:
             self._seen = len(records)
@@ -243,10 +268,7 @@ class Follower(Watcher):
         if not trained:
             return
         last = trained[-1]
-        if self._progress is None:
-            self._progress = Progress(self._stage, self._total, "steps", skipped=last["step"])
-        elif last["step"] < self._progress.done:
-            say(self._stage, f"a worker was lost; going on from step {last['step']}")
+        if self._progress is None or last["step"] < self._progress.done:
             self._progress = Progress(self._stage, self._total, "steps", skipped=last["step"])
         else:
             self._progress.advance(
@@ -255,6 +277,12 @@ class Follower(Watcher):
                 tokens=last["tokens"] - self._tokens,
             )
         self._tokens = last["tokens"]
+
+
+def _reason(failure: dict[str, Any]) -> str:
+    """Which workers failed, and the first one's error in a line."""
+    ranks, errors = ", ".join(failure["workers"]), list(failure["workers"].values())
+    return f"lost worker {ranks} ({errors[0].splitlines()[-1] if errors[0] else 'no error'})"
 
 
 def _note(records: list[dict[str, Any]]) -> str:

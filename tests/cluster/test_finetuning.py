@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from core.config import Config
 from core.models.adapters import check_adapters, merge_adapters
 from core.runtime.job import run_stage
-from core.tracking import read_metrics
+from core.runtime.workers import FAILURES
+from core.tracking import read_json_lines, read_metrics
 from jobs.finetune_target import JOB
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
@@ -105,7 +106,10 @@ def test_a_killed_worker_changes_nothing(tmp_path: Path, capfd: pytest.CaptureFi
     killer = _Killer(tmp_path / "killed")
     again = dict(run_stage(JOB, killed))
     assert killer.killed_after is not None, "the run ended before a worker was killed"
-    assert "a worker was lost; going on from step" in capfd.readouterr().out
+    (failure,) = read_json_lines(tmp_path / "killed" / FAILURES)
+    assert failure["workers"]
+    assert "going on from the last checkpoint" in capfd.readouterr().out
+    assert not (tmp_path / "undisturbed" / FAILURES).exists()
     same = ("initial_loss", "final_loss", "held_out_loss", "train_tokens", "model_step")
     assert {name: again[name] for name in same} == {name: report[name] for name in same}
     assert _curve(tmp_path / "killed") == _curve(tmp_path / "undisturbed")
