@@ -99,7 +99,7 @@ class OracleHead(Eagle1Head):
         texts = []
         for row, place in enumerate(beams.places):
             tree = self.trees[place.first]
-            first = (beams.depth - 1) * beams.token_ids_SK.shape[1]
+            first = beams.sees_SKT.shape[2] - beams.token_ids_SK.shape[1]
             del tree[first:]
             self._grow(tree, beams.token_ids_SK[row].tolist(), beams.sees_SKT[row])
             assert all(len(path) == beams.depth for path in tree[first:])

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from core.config import DecodeConfig
 from core.decode.batch_policy import BatchPolicy, PolicyRound
-from core.decode.drafting import Drafter, HeadDrafter
+from core.decode.drafting import Drafter, GrowthRule, HeadDrafter
 from core.decode.forward import Piece, target_pass
 from core.decode.ngram import NgramIndex, merge
 from core.decode.phases import PhaseSeconds
@@ -36,6 +36,9 @@ from core.draft.base import DraftHead
 from core.errors import ConfigError, InputError
 from core.models.ragged import use_ragged_attention
 from core.models.target import Target
+
+# Tokens of a sequence whose features wait for the head while drafting pauses, at most.
+MOST_UNREAD = 128
 
 
 class SpeculativeDecoder:
@@ -297,9 +300,9 @@ class SpeculativeDecoder:
         ]
         if wanting:
             assert self.drafter is not None
-            rule = None
+            rule: GrowthRule | None = None
             if choice is not None and self.policy is not None:
-                rule = partial(self.policy.width, choice)
+                rule = partial(self.policy.width, choice) if choice.drafts else _no_growth
             started = self.policy.clock() if self.policy else 0.0
             trees = self.drafter.draft(wanting, rule)
             drafts = {one.id: tree for one, tree in zip(wanting, trees, strict=True)}
@@ -310,8 +313,8 @@ class SpeculativeDecoder:
 
     @staticmethod
     def _asks(sequence: DecodedSequence, choice: PolicyRound) -> bool:
-        """Whether the drafter is asked for a sequence; what is unread can wait."""
-        return choice.drafts or not sequence.adaptive
+        """Whether the drafter is asked for a sequence; some that is unread can wait."""
+        return choice.drafts or not sequence.adaptive or sequence.num_unread >= MOST_UNREAD
 
     def _chosen(
         self, choice: PolicyRound, found: Sequence[tuple[DecodedSequence, DraftTree]]
@@ -375,6 +378,11 @@ class SpeculativeDecoder:
     def _tell(self, events: Sequence[Event]) -> None:
         for event in events:
             self._streams.get(event.request_id, self._untold).append(event)
+
+
+def _no_growth(*levels: object) -> int:
+    """For a drafter that is only to read: no node is expanded."""
+    return 0
 
 
 def _chunk(sequence: DecodedSequence, size: int) -> Piece:

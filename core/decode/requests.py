@@ -139,6 +139,11 @@ class DecodedSequence:
         return len(self.tokens) - len(self.request.prompt_ids)
 
     @property
+    def num_unread(self) -> int:
+        """Tokens whose features are kept for the draft head."""
+        return self.cached - self.read
+
+    @property
     def prefilling(self) -> bool:
         """Whether some of the prompt has not been through the target."""
         return self.num_new == 0

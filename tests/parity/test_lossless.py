@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from core.config import DRAFT_CONFIGS, DecodeConfig
+from core.decode import engine
+from core.decode.batch_policy import BatchPolicy, PolicyRound
+from core.decode.costs import BatchCosts, CostModel
 from core.decode.engine import SpeculativeDecoder
-from core.decode.requests import Round
+from core.decode.requests import Request, Round
 from core.decode.sampling import SamplingSettings
 from core.decode.tree import PLAIN, TreePlan
 from core.draft.base import DraftHead, DraftOutput
@@ -89,6 +95,44 @@ def test_greedy_output_is_hf_generate_at_every_tree_size(
             accepted += sum(len(done.ranks) for done in rounds)
             rounds_run += len(rounds) - 1
     assert accepted > 0.4 * rounds_run, "too few accepted paths to show anything"
+
+
+def test_levels_may_be_of_any_width_and_drafts_may_pause(
+    tiny_target: Target, oracle: OracleHead, expected, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the policy leaves to chance here: the oracle sees to it that masks fit the text."""
+    draw = random.Random(0)
+    monkeypatch.setattr(engine, "MOST_UNREAD", 4)
+    decoder = _decoder(tiny_target, oracle)
+    costs = BatchCosts({1: 1.0, 64: 1.0}, 0.0, {1: 0.0}, {1: 0.0})
+    ticks = count(0.0)
+    decoder.policy = policy = BatchPolicy(
+        CostModel(costs), TreePlan(24, 4, 4), clock=ticks.__next__
+    )
+    begin, widths = policy.begin, []
+
+    def begin_at_random(*given: Any) -> PolicyRound:
+        return replace(begin(*given), drafts=draw.random() < 0.6)
+
+    def any_width(*given: Any) -> int:
+        widths.append(draw.randint(0, 4))
+        return widths[-1]
+
+    monkeypatch.setattr(policy, "begin", begin_at_random)
+    monkeypatch.setattr(policy, "width", any_width)
+    unread = []
+    for _ in range(4):
+        ids = {decoder.submit(Request(prompt, NEW_TOKENS)): tuple(prompt) for prompt in PROMPTS}
+        found: dict[int, tuple[int, ...]] = dict.fromkeys(ids, ())
+        while decoder.busy:
+            for event in decoder.step():
+                found[event.request_id] += event.round.tokens
+            unread += [sequence.num_unread for sequence in decoder.scheduler.running]
+        assert {ids[one]: tokens for one, tokens in found.items()} == expected
+    assert set(widths) == set(range(5))
+    # A round, which commits up to six tokens, goes beyond what may wait; the next one reads it.
+    longest = max(len(prompt) for prompt in PROMPTS)
+    assert max(one for one in unread if one < longest) <= 4 + 6
 
 
 @pytest.mark.parametrize("drafts", [True, False])
