@@ -11,7 +11,6 @@ import contextlib
 import importlib
 import io
 import logging
-import os
 import sys
 import warnings
 from typing import Any
@@ -155,7 +154,6 @@ def deepspeed_config(config: TrainConfig, world_size: int) -> dict[str, Any]:
             "stage": int(config.parallelism.removeprefix("zero")),
             "overlap_comm": False,
             **_offload(config),
-            **_zeropp(config, world_size),
         },
         # Its own optimizers for offloaded state want a compiler; torch's is fused there too.
         "zero_force_ds_cpu_optimizer": False,
@@ -171,17 +169,6 @@ def _offload(config: TrainConfig) -> dict[str, Any]:
     where = {"device": "cpu", "pin_memory": config.gpus_per_worker > 0}
     parts = {"none": (), "optimizer": ("optimizer",), "all": ("optimizer", "param")}
     return {f"offload_{part}": where for part in parts[config.offload]}
-
-
-def _zeropp(config: TrainConfig, world_size: int) -> dict[str, Any]:
-    # Every launcher sets it.
-    of_node = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
-    values: dict[str, dict[str, Any]] = {
-        "hpz": {"zero_hpz_partition_size": of_node},
-        "qwz": {"zero_quantized_weights": True},
-        "qgz": {"zero_quantized_gradients": True},
-    }
-    return {key: value for name in config.zeropp for key, value in values[name].items()}
 
 
 def _import_deepspeed(device: torch.device) -> Any:

@@ -33,7 +33,6 @@ DIVISIONS: tuple[dict[str, Any], ...] = (
 MORE_DIVISIONS: tuple[dict[str, Any], ...] = (
     {"parallelism": "zero2", "offload": "optimizer"},
     {"parallelism": "zero3", "offload": "all"},
-    {"parallelism": "zero3", "zeropp": ["hpz"]},
 )
 MODELS = (
     ("llama", True),

@@ -94,11 +94,6 @@ def test_an_override_is_yaml(override: str, section: str, key: str, value: Any) 
             "DeepSpeed cannot divide and put together again; choose train.parallelism=ddp",
         ),
         (("train.offload=optimizer", "train.parallelism=ddp"), "choose train.parallelism=zero1"),
-        (("train.zeropp=[hpz]", "train.parallelism=zero2"), "choose train.parallelism=zero3"),
-        (
-            ("train.zeropp=[qwz]", "train.parallelism=zero3"),
-            "only CUDA has DeepSpeed's quantized collectives",
-        ),
         (("train.offload=all", "train.parallelism=zero2"), "choose train.parallelism=zero3"),
         (("train.min_workers=3", "train.num_workers=2"), "it is the larger of the two"),
         (

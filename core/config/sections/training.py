@@ -76,11 +76,6 @@ class TrainConfig(Section):
         "what DeepSpeed's ZeRO keeps in the CPU's memory instead of the GPU's: the optimizer's "
         "state, or with zero3 the weights too",
     )
-    zeropp: tuple[Literal["hpz", "qwz", "qgz"], ...] = setting(
-        (),
-        "ZeRO++ for zero3 on several nodes: hpz gathers weights in the backward pass from within a "
-        "node; qwz sends weights in 8 bits, qgz gradients in 4, on GPUs alone, and rounds",
-    )
     gradient_checkpointing: bool = setting(
         False, "compute activations again in the backward pass: less memory, more time"
     )
@@ -170,21 +165,6 @@ class TrainConfig(Section):
             raise ValueError(
                 f"train.offload=all with train.parallelism={self.parallelism}: weights are moved "
                 "by ZeRO-3 alone; choose train.parallelism=zero3, or train.offload=optimizer"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _zeropp_is_possible(self) -> TrainConfig:
-        where = f"train.zeropp={','.join(self.zeropp)}"
-        if self.zeropp and self.parallelism != "zero3":
-            raise ValueError(
-                f"{where} with train.parallelism={self.parallelism}: it is for ZeRO-3; choose "
-                "train.parallelism=zero3, or leave it out"
-            )
-        if {"qwz", "qgz"} & set(self.zeropp) and not self.gpus_per_worker:
-            raise ValueError(
-                f"{where} without GPUs: only CUDA has DeepSpeed's quantized collectives; choose "
-                "train.zeropp=[hpz], leave it out, or set train.gpus_per_worker"
             )
         return self
 
