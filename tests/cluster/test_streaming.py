@@ -39,6 +39,7 @@ from core.runtime.job import run_stage
 from core.runtime.streaming import FeatureStream, feature_stream, received
 from core.tracking import read_metrics
 from core.train.batches import BatchMaker
+from core.train.loop import MEASURED
 from core.train.order import FeatureSource, Selection
 from core.train.task import DraftTask, open_shards, prepare
 from jobs import train_draft
@@ -180,7 +181,7 @@ def test_streamed_training_is_that_from_shards_whatever_is_killed(
     assert holders == {"head", "step"}, "features on disk, beside head and checkpoints"
 
     curves = [
-        [{k: v for k, v in r.items() if k not in ("time", "tokens_per_second")} for r in records]
+        [{k: v for k, v in r.items() if k not in MEASURED} for r in records]
         for records in (read_metrics(stored), read_metrics(streamed))
     ]
     assert len(curves[0]) == len(curves[1]) > 12
