@@ -10,14 +10,11 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 import torch
-from ray.cluster_utils import Cluster
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -40,19 +37,6 @@ CHECKPOINT_EVERY = 25
 STEPS = 200
 PIPELINE = {"parallelism": "pipeline", "placement": "strict_spread"}
 ZERO = {"parallelism": "zero2"}
-
-
-@pytest.fixture(scope="module")
-def two_nodes() -> Iterator[str]:
-    """The address of a head without CPUs and two nodes of one CPU each."""
-    small = {"include_dashboard": False, "object_store_memory": 80_000_000}
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **small})
-    for _ in range(2):
-        cluster.add_node(num_cpus=1, object_store_memory=80_000_000)
-    ray.init(address=cluster.address, logging_level="warning")
-    yield cluster.address
-    ray.shutdown()
-    cluster.shutdown()
 
 
 @pytest.fixture(scope="module")
