@@ -11,7 +11,7 @@ import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -155,8 +155,11 @@ class DraftHead(nn.Module, ABC):
         aux_layers: of a head that reads more than the final feature: the layers whose entering
             states it reads, ascending; None for the algorithm's usual ones.
         recomputes: whether training computes activations again in the backward pass.
+        fixed_vocabulary: whether weights of its own stand for the draft vocabulary's tokens;
+            otherwise it guesses with the target's output head, and may be given further tokens.
     """
 
+    fixed_vocabulary: ClassVar[bool] = True
     own_embedding_VH: Tensor | None = None
     aux_layers: tuple[int, ...] | None = None
     recomputes = False

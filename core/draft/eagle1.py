@@ -28,6 +28,8 @@ from core.models.packed import linear
 class Eagle1Head(RecurrentHead):
     """EAGLE-1: a fusion layer and one decoder layer on the target's final feature."""
 
+    fixed_vocabulary = False
+
     def __init__(
         self, config: Eagle1Config, geometry: TargetGeometry, vocabulary: DraftVocabulary
     ) -> None:

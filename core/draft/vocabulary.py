@@ -75,6 +75,19 @@ class DraftVocabulary:
         order = torch.argsort(counts_V, descending=True, stable=True)
         return cls(order[:size].sort().values, target_size)
 
+    def grown(self, counts_V: Tensor, size: int) -> DraftVocabulary:
+        """All of these tokens and the most frequent others, `size` in all; 0 means all V.
+
+        Args:
+            counts_V: [V] how often each token was seen.
+            size: as of `from_counts`; below W, nothing is added.
+        """
+        if 0 < size <= self.size:
+            return self
+        kept_V = counts_V.clone()
+        kept_V[self.d2t_W] = torch.iinfo(kept_V.dtype).max
+        return self.from_counts(kept_V, size)
+
     def coverage(self, counts_V: Tensor) -> float:
         """Share of the counted tokens that are in the vocabulary, 0..1."""
         return float(counts_V[self.d2t_W].sum() / counts_V.sum().clamp(min=1))

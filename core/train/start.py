@@ -6,9 +6,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from core.config.draft import DraftConfig
 from core.draft.base import DraftHead, TargetGeometry, geometry_of
 from core.draft.folder import load_head
+from core.draft.vocabulary import DraftVocabulary
 from core.errors import MismatchError
 
 
@@ -21,8 +24,8 @@ def load_start(
 ) -> DraftHead:
     """The head to start from, held against the one that the config describes.
 
-    Its draft vocabulary is kept, whatever `draft.vocab_size` says. What only concerns training
-    (weights of the loss, steps of training-time test, noise) may differ.
+    What only concerns training (weights of the loss, steps of training-time test, noise) may
+    differ, and so may the draft vocabulary (`start_vocabulary`).
 
     Args:
         folder: of a head, in any format.
@@ -55,3 +58,17 @@ def load_start(
             "out to start anew"
         )
     return head
+
+
+def start_vocabulary(head: DraftHead, counts_V: Tensor, size: int) -> DraftVocabulary:
+    """The draft vocabulary to go on with: the head's own.
+
+    A head that guesses with the target's output head takes in further tokens, up to
+    `draft.vocab_size`, for which it has no weights to learn anew.
+
+    Args:
+        head: from `load_start`.
+        counts_V: int64 [V], how often the target's tokens are supervised.
+        size: `draft.vocab_size`.
+    """
+    return head.vocabulary if head.fixed_vocabulary else head.vocabulary.grown(counts_V, size)

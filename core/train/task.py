@@ -36,7 +36,7 @@ from core.train.engine import build_engine
 from core.train.evaluation import ACCEPTED_DEPTH, ACCEPTED_LENGTH
 from core.train.loop import Host, TrainingLoop
 from core.train.order import FeatureSource, Selection, TrainingOrder, select_examples
-from core.train.start import load_start
+from core.train.start import load_start, start_vocabulary
 from core.train.state import TrainState, trim_metrics
 
 HEAD_FOLDER = "head"
@@ -166,7 +166,8 @@ def prepare(
         vocabulary = DraftVocabulary.from_counts(counts_V, config.draft.vocab_size)
     else:
         aux_layers = tuple(manifest.feature_layers[:-1])
-        vocabulary = load_start(start, config.draft, geometry, fingerprint, aux_layers).vocabulary
+        first = load_start(start, config.draft, geometry, fingerprint, aux_layers)
+        vocabulary = start_vocabulary(first, counts_V, config.draft.vocab_size)
     training = select_examples(dataset, config.train.max_length)
     held_out = None
     if manifest.shards.get(HELD_OUT):

@@ -97,6 +97,21 @@ def test_training_goes_on_from_a_head(
     assert not torch.equal(first["fc.weight"], task.new_head().state_dict()["fc.weight"])
 
 
+def test_a_head_that_guesses_with_the_targets_output_head_takes_in_tokens(
+    folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    start = prepare(_config(), str(folders[0]), folders[1])
+    record = {"target_fingerprint": start.fingerprint, "feature_layers": [2]}
+    save_head(tmp_path / "head", start.new_head(), record)
+    for size, expected in ((34, 34), (0, start.vocabulary.target_size), (8, 30)):
+        config = _config().replace(draft={"vocab_size": size})
+        task = prepare(config, str(folders[0]), folders[1], start=tmp_path / "head")
+        assert task.vocabulary.size == expected
+        assert set(start.vocabulary.d2t_W.tolist()) <= set(task.vocabulary.d2t_W.tolist())
+        first = task.first_head(load_output_head(folders[0])).state_dict()
+        assert torch.equal(first["fc.weight"], start.new_head().state_dict()["fc.weight"])
+
+
 @pytest.mark.parametrize(
     ("draft", "said"),
     [

@@ -21,7 +21,9 @@ class DraftConfig(Section):
 
     kind: str
     path: str | None = setting(
-        None, "folder of a trained draft head; train_draft goes on from it, with its vocabulary"
+        None,
+        "folder of a trained draft head; train_draft goes on from it, with its vocabulary (which "
+        "vocab_size may add to where the head guesses with the target's own output head)",
     )
     vocab_size: int = field(
         8192,
