@@ -217,7 +217,7 @@ def build_app(args: Config) -> ray_serve.Application:
             request_router_kwargs={"most_ahead": max(1, decode.batch_size // 4)},
         ),
         max_ongoing_requests=decode.batch_size + decode.max_waiting + MAX_REFUSED_AT_ONCE,
-        # So many may come at once while replicas have room: Ray counts as queued who is being placed.
+        # Ray counts as queued who is being placed: so many may come at once.
         max_queued_requests=decode.max_waiting + MAX_REFUSED_AT_ONCE,
         graceful_shutdown_timeout_s=GRACEFUL_SHUTDOWN_S,
         max_surge_percent=config.max_surge_percent,

@@ -19,6 +19,7 @@ from core.decode.load import load_head_for
 from core.decode.requests import Request
 from core.decode.tree import PLAIN
 from core.errors import BusyError, InputError, UserError
+from serve.apart import apart
 from serve.canary import Tally
 from serve.desk import REPORT_EVERY_S, Head, Order, Report
 from serve.loop import ClosingError, DecodingLoop, Lane
@@ -142,7 +143,7 @@ class Heads:
 
     async def _load(self, head: Head) -> None:
         try:
-            lane = Lane(await asyncio.to_thread(self._decoder, head))
+            lane = Lane(await asyncio.to_thread(apart, self._decoder, head))
             await self._try_out(lane)
         except ClosingError:
             pass  # this replica is no example for others
@@ -155,7 +156,7 @@ class Heads:
             self.trial = Version(head, lane)
 
     def _decoder(self, head: Head) -> SpeculativeDecoder:
-        """Load a head beside the others; in a thread of its own."""
+        """Load a head beside the others; in a thread that ends with it."""
         target = self.current.lane.decoder.target
         config = self._config.replace(draft={"path": head.path})
         decoder = SpeculativeDecoder(target, load_head_for(target, config), config.decode)

@@ -12,6 +12,7 @@ from core.config import Config
 from core.decode.phases import NO_SECONDS
 from core.errors import BusyError, InputError, UserError
 from core.progress import say
+from serve.apart import apart
 from serve.generation import (
     LEAST_LOGPROB,
     Accepted,
@@ -61,7 +62,7 @@ class DecoderReplica:
         from serve.heads import Heads
 
         self._config = config
-        decoder = _load(config)
+        decoder = apart(_load, config)
         self._target, self._tokenizer = decoder.target, decoder.target.tokenizer
         self._grammars = JsonGrammars(
             self._tokenizer, self._target.vocab_size, self._target.eos_token_ids
