@@ -11,11 +11,10 @@ from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from core.data.examples import Example, example_shards, read_examples
+from core.data.examples import Example, example_shards, read_examples, read_footer
 
 # 5 bytes each: some 170 MB for each split that a process reads.
 CACHED_TOKENS = 2**25
@@ -32,11 +31,11 @@ class ExampleDataset:
             split: `train` or `held_out`.
             cached_tokens: of decoded shards kept in memory; the last one read always is.
         Raises:
-            InputError: prepare_data has not finished in this folder.
+            InputError: prepare_data has not finished in this folder, or a shard is damaged.
         """
         self.cached_tokens = cached_tokens
         self._shards = example_shards(Path(folder), split)
-        rows = [pq.read_metadata(shard).num_rows for shard in self._shards]
+        rows = [read_footer(shard).num_rows for shard in self._shards]
         # Examples before each shard, for finding an example's shard by bisection.
         self._first: list[int] = np.cumsum([0, *rows]).tolist()
         self._decoded: OrderedDict[int, list[Example]] = OrderedDict()

@@ -224,6 +224,16 @@ def _read_table(path: Path) -> pa.Table:
     return table
 
 
+def read_footer(shard: Path) -> pq.FileMetaData:
+    """What a shard's last bytes say of it.
+
+    Raises:
+        InputError: it is damaged.
+    """
+    footer: pq.FileMetaData = _open(shard, pq.read_metadata)
+    return footer
+
+
 def _open(path: Path, read: Any) -> Any:
     try:
         return read(path)

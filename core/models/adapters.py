@@ -26,6 +26,7 @@ from transformers.pytorch_utils import Conv1D
 from core.config import FinetuneConfig
 from core.errors import ConfigError, InputError, MismatchError
 from core.models.target import quiet_transformers, target_fingerprint
+from core.models.weights import load_causal_lm
 
 RECORD = "aerie.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -177,7 +178,7 @@ def _load(
     if placement:
         placement["device_map"] = {"": device or torch.device("cpu")}
     # transformers takes torch's fused attention where the architecture has it.
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **placement)
+    model = load_causal_lm(folder, dtype=dtype, **placement)
     unpack_for_training(model)
     return model
 

@@ -20,7 +20,6 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import Tensor, nn
 from transformers import (
-    AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedModel,
@@ -35,6 +34,7 @@ from core.errors import ConfigError, InputError
 from core.models.fused import FusedDecoder, RowBuffers
 from core.models.packed import pack_linears
 from core.models.ragged import RaggedBatch
+from core.models.weights import load_causal_lm
 from core.provenance import fingerprint, fingerprint_of, hash_json
 
 WEIGHT_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
@@ -319,6 +319,8 @@ def load_target(config: TargetConfig, num_threads: int | None = None) -> Target:
     Args:
         config: path, dtype, device, packing.
         num_threads: torch threads of this process on CPU; None leaves them.
+    Raises:
+        InputError: no model there, or a damaged one.
     """
     folder = target_folder(config.path)
     if num_threads is not None:
@@ -326,7 +328,7 @@ def load_target(config: TargetConfig, num_threads: int | None = None) -> Target:
     device = _device(config)
     dtype = getattr(torch, config.dtype)
     quiet_transformers()
-    model = AutoModelForCausalLM.from_pretrained(
+    model = load_causal_lm(
         folder, dtype=dtype, attn_implementation="sdpa", **_placement(config, device)
     ).eval()
     model.requires_grad_(False)

@@ -35,6 +35,43 @@ def load_output_head(folder: Path) -> Tensor:
     return _load(folder, lambda model: model.get_output_embeddings(), "output head")
 
 
+def load_causal_lm(folder: Path, **settings: Any) -> Any:
+    """The causal language model in `folder`, as transformers loads it, with all of its weights.
+
+    Args:
+        folder: in HF's layout.
+        settings: of `from_pretrained`.
+    Raises:
+        InputError: a file of weights is damaged, or some are missing, for which transformers
+            would take random numbers.
+    """
+    check_readable(folder)
+    model, about = AutoModelForCausalLM.from_pretrained(
+        folder, output_loading_info=True, **settings
+    )
+    if missing := sorted(about["missing_keys"]):
+        shown = ", ".join(missing[:3]) + (", …" if len(missing) > 3 else "")
+        raise InputError(
+            f"{folder}: {len(missing)} of its weights are in none of its files ({shown}); copy the "
+            "folder anew, or convert the checkpoint again"
+        )
+    return model
+
+
+def check_readable(folder: Path) -> None:
+    """Look at the beginning of each safetensors file, which tells how long it must be.
+
+    Raises:
+        InputError: one is cut off or none at all.
+    """
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{file} cannot be read ({error}); copy the folder anew") from error
+
+
 def _load(folder: Path, find: Callable[[PreTrainedModel], Any], what: str) -> Tensor:
     files = tensor_files(folder)
     model = _without_weights(folder)

@@ -13,12 +13,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 from transformers import AutoConfig
 
 from core import errors
 from core.config import Config, FeaturesConfig, TargetConfig
-from core.data.examples import SPLITS, example_shards, read_examples, read_metadata
+from core.data.examples import (
+    SPLITS,
+    example_shards,
+    read_examples,
+    read_footer,
+    read_metadata,
+)
 from core.data.feature_manifest import Manifest
 from core.data.feature_shards import ShardRecord, finished_record, remove_leftovers
 from core.data.template import tokenizer_hash
@@ -31,6 +36,7 @@ from core.models.target import (
     target_folder,
     target_location,
 )
+from core.models.weights import check_readable
 from core.paths import resolve_path
 from core.progress import Progress, say
 from core.provenance import RunFolder
@@ -102,8 +108,9 @@ def extract_features(config: Config, folder: RunFolder) -> Mapping[str, Any]:
     paths = extraction_inputs(config)
     manifest = plan_manifest(config, paths["data.examples"], paths["target.path"])
     output = folder.path.absolute()
-    manifest.write(output)
+    # A refused run leaves nothing that would stand for its settings.
     manifest.files.check()
+    manifest.write(output)
     tasks = _unfinished(paths["data.examples"], output, manifest)
     total = sum(len(stems) for stems in manifest.shards.values())
     skipped = total - len(tasks)
@@ -146,7 +153,7 @@ def plan_manifest(config: Config, examples: Path, target: Path) -> Manifest:
     """What the features of these examples by this target will be.
 
     Raises:
-        InputError: there are no examples.
+        InputError: there are no examples, or a file of the target's weights is damaged.
         ConfigError: layers or tokens that the target does not have.
         MismatchError: the examples were made with another tokenizer.
     """
@@ -160,6 +167,7 @@ def plan_manifest(config: Config, examples: Path, target: Path) -> Manifest:
             f"target.path={config.target.path}; run prepare_data with this target, or set "
             "target.path to the model whose tokenizer made the examples"
         )
+    check_readable(target)
     model = _text_config(target)
     if config.features.top_logits > model.vocab_size:
         raise errors.ConfigError(
@@ -281,7 +289,7 @@ def _records(folder: Path, manifest: Manifest) -> dict[str, list[ShardRecord]]:
 
 def count_tokens(shard: Path) -> int:
     """Tokens of an example shard, from the file's footer alone."""
-    footer = pq.read_metadata(shard)
+    footer = read_footer(shard)
     total = 0
     for group in range(footer.num_row_groups):
         for column in range(footer.num_columns):

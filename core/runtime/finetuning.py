@@ -32,7 +32,7 @@ from core.runtime.workers import (
     on_worker,
 )
 from core.train.curves import plot_curves
-from core.train.finetune import FinetuneTask, finetune, prepare_finetuning
+from core.train.finetune import FinetuneTask, check_target, finetune, prepare_finetuning
 from core.train.memory import memory_advice
 
 STAGE, RUN = "finetune_target", "target"
@@ -129,6 +129,8 @@ def _with_inputs(config: Config, output: Path, preparation: Job) -> Config:
     if not config.target.path:
         made = conversion.with_converted_target(config.replace(output=str(output / "target")))
         config = config.replace(target={"path": made.target.path})
+    # Before conversations are prepared for it, which may take an hour.
+    check_target(target_folder(target_location(str(config.target.path))), config)
     if not config.data.examples:
         examples = str(output / "examples")
         run_stage(preparation, config.replace(output=examples))

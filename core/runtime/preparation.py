@@ -30,7 +30,7 @@ from core.data.language import known_languages
 from core.data.prompts import PromptPool, prompts_of
 from core.data.records import HUB_SCHEME, find_sources
 from core.data.template import template_hash, tokenizer_hash
-from core.errors import ConfigError, InputError, ResourceError
+from core.errors import ConfigError, InputError, UserError
 from core.models.target import target_folder
 from core.paths import naming_a_full_disk, resolve_path, write_atomically
 from core.progress import Progress, say
@@ -102,8 +102,8 @@ def prepare(config: Config, folder: RunFolder) -> Mapping[str, Any]:
             with naming_a_full_disk(folder.path / ASIDE):
                 outcome = _prepare(config, folder)
             write_atomically(outcome_path, json.dumps(outcome, indent=2).encode())
-        except ResourceError:
-            # It would only keep the disk full.
+        except UserError:
+            # With other settings nothing of it could be used, and it would only fill the disk.
             shutil.rmtree(folder.path / ASIDE, ignore_errors=True)
             raise
     shutil.rmtree(folder.path / ASIDE, ignore_errors=True)

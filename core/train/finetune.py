@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from core.config import Config
@@ -33,6 +33,7 @@ from core.models.stage_adapters import StageAdapters
 from core.models.stage_saving import write_merged, write_stages
 from core.models.stages import ModelStages
 from core.models.target import load_tokenizer, target_fingerprint, target_folder
+from core.models.weights import check_readable, load_causal_lm
 from core.provenance import git_revision, versions
 from core.train.causal import CausalBatches, CausalTrainee
 from core.train.engine import FILE, build_engine
@@ -119,8 +120,7 @@ def prepare_finetuning(config: Config, target: str, examples: Path) -> FinetuneT
             f"data.examples={examples} was made with another tokenizer than that of "
             f"target.path={config.target.path}; run prepare_data with this target"
         )
-    if config.train.parallelism == "pipeline":
-        stage_bounds(_stages(folder, config), config.train)
+    check_target(folder, config)
     parameters, trained = count_trained(folder, config.finetune)
     longest = config.train.max_length
     selections = {
@@ -128,7 +128,7 @@ def prepare_finetuning(config: Config, target: str, examples: Path) -> FinetuneT
         for split in (TRAIN, HELD_OUT)
     }
     training, held_out = selections[TRAIN], selections[HELD_OUT]
-    _check_model(folder, config, training)
+    _check_longest(folder, config, training)
     task = FinetuneTask(
         config=config,
         target=target,
@@ -152,7 +152,30 @@ def _stages(folder: Path, config: Config, device: torch.device | None = None) ->
     return ModelStages(folder, dtype=dtype, device=device, adapters=adapters)
 
 
-def _check_model(folder: Path, config: Config, training: Selection) -> None:
+def check_target(folder: Path, config: Config) -> None:
+    """Refuse what the target alone shows to be wrong; it costs nothing, and needs no examples.
+
+    Args:
+        folder: of the target.
+        config: resolved.
+    Raises:
+        InputError: a file of its weights is damaged.
+        ConfigError: packing for a model without position ids, or a pipeline that does not divide
+            the model.
+    """
+    check_readable(folder)
+    model = AutoConfig.from_pretrained(folder)
+    named = inspect.signature(MODEL_FOR_CAUSAL_LM_MAPPING[type(model)].forward).parameters
+    if config.finetune.packing and "position_ids" not in named:
+        raise ConfigError(
+            f"finetune.packing=true: a model of type {model.model_type} takes no position ids, by "
+            "which packed sequences are told apart; set finetune.packing=false"
+        )
+    if config.train.parallelism == "pipeline":
+        stage_bounds(_stages(folder, config), config.train)
+
+
+def _check_longest(folder: Path, config: Config, training: Selection) -> None:
     model = AutoConfig.from_pretrained(folder)
     # A model of relative positions, such as Bloom, has no longest sequence.
     limit = getattr(model.get_text_config(), "max_position_embeddings", None)
@@ -161,12 +184,6 @@ def _check_model(folder: Path, config: Config, training: Selection) -> None:
         raise ConfigError(
             f"train.max_length={config.train.max_length}: the target takes sequences of up to "
             f"{limit} tokens, and the longest here has {longest}; lower it to that"
-        )
-    named = inspect.signature(MODEL_FOR_CAUSAL_LM_MAPPING[type(model)].forward).parameters
-    if config.finetune.packing and "position_ids" not in named:
-        raise ConfigError(
-            f"finetune.packing=true: a model of type {model.model_type} takes no position ids, by "
-            "which packed sequences are told apart; set finetune.packing=false"
         )
 
 
@@ -229,7 +246,7 @@ def save_result(task: FinetuneTask, output: Path, weights: Path) -> dict[str, An
             # Of a model that may be larger than any worker's memory.
             write_stages(ModelStages(target, dtype=dtype), weights, folder)
         else:
-            model: Any = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)
+            model = load_causal_lm(target, dtype=torch.float32)
             found = model.load_state_dict(load_file(weights), strict=False)
             own = dict(model.named_parameters())
             assert not found.unexpected_keys and not own.keys() & set(found.missing_keys)

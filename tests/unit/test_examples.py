@@ -16,6 +16,7 @@ from core.data.examples import (
     ShardWriter,
     example_shards,
     read_examples,
+    read_footer,
     read_metadata,
     verify_examples,
     write_examples,
@@ -100,6 +101,8 @@ def test_files_that_are_no_shards(tmp_path):
     pq.write_table(pa.table({"x": [1]}), other)
     with pytest.raises(InputError, match="cannot be read"):
         read_examples(garbage)
+    with pytest.raises(InputError, match=r"garbage\.parquet: cannot be read"):
+        read_footer(garbage)
     with pytest.raises(InputError, match="expected the columns"):
         read_examples(other)
     with pytest.raises(InputError, match="format None"):

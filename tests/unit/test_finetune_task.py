@@ -13,9 +13,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from core.config import Config
 from core.errors import ConfigError, InputError, MismatchError
 from core.models.target import target_fingerprint
+from core.provenance import RunFolder
+from core.runtime.finetuning import finetune_target
 from core.tracking import read_metrics
 from core.train.engine import build_engine
 from core.train.finetune import FinetuneTask, finetune, prepare_finetuning
+from jobs import prepare_data
 from jobs.finetune_target import JOB
 from tests.folder_host import FolderHost
 from tests.tiny_targets import save_tiny, write_tiny_examples
@@ -122,6 +125,27 @@ def test_rotary_frequencies_stay_exact_in_bfloat16(
     loss, count, _ = engine.accumulate(batch, 10, last=True).tolist()
     assert 0 < loss / count < 10
     assert engine.step(1e-3) > 0
+
+
+def test_a_bad_target_is_refused_before_conversations_are_prepared(
+    target: Path, tmp_path: Path
+) -> None:
+    """What comes first would take an hour, and here would end with another error."""
+    cut_off = save_tiny(tmp_path / "model", "llama")
+    file = cut_off / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-4])
+    parts = {"parallelism": "pipeline", "num_workers": 2, "parts": (9, 9)}
+    for folder, train, error, said in (
+        (target, parts, ConfigError, "adds up to 18, the model has 4 blocks"),
+        (cut_off, {}, InputError, r"model\.safetensors cannot be read"),
+    ):
+        config = _config(**train).replace(
+            output=str(tmp_path / "out"),
+            target={"path": str(folder)},
+            data={"path": str(tmp_path / "none.json")},
+        )
+        with pytest.raises(error, match=said):
+            finetune_target(config, RunFolder(JOB.name, config, (), {}), prepare_data.JOB)
 
 
 def test_a_pipeline_that_does_not_divide_the_model_is_refused(

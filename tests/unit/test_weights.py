@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -15,7 +15,7 @@ from transformers import (
 
 from core.errors import InputError
 from core.models.tiny import tiny_config
-from core.models.weights import load_embedding, load_output_head
+from core.models.weights import load_causal_lm, load_embedding, load_output_head
 
 
 def _model(*, tied: bool) -> LlamaForCausalLM:
@@ -34,6 +34,25 @@ def test_single_tensors_are_the_models(tmp_path: Path, tied: bool, shard_size: s
     assert torch.equal(embedding, model.get_input_embeddings().weight)
     assert torch.equal(head, model.get_output_embeddings().weight)
     assert torch.equal(embedding, head) is tied
+
+
+def test_missing_weights_are_not_made_up(tmp_path: Path) -> None:
+    _model(tied=True).save_pretrained(tmp_path)
+    assert load_causal_lm(tmp_path).lm_head.weight is not None, "a tied weight is no missing one"
+    weights = load_file(tmp_path / "model.safetensors")
+    name = next(name for name in weights if "down_proj" in name)
+    del weights[name]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=rf"1 of its weights .*{name}.*copy the folder anew"):
+        load_causal_lm(tmp_path)
+
+
+def test_a_file_that_was_cut_off_is_named(tmp_path: Path) -> None:
+    _model(tied=True).save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with pytest.raises(InputError, match=r"model\.safetensors cannot be read"):
+        load_causal_lm(tmp_path)
 
 
 def test_tensors_keep_their_dtype(tmp_path: Path) -> None:
