@@ -6,8 +6,15 @@ break, is not covered: generation has stopped by then.
 
 A template that marks its generation (`{% generation %}`) is believed. For all others the spans
 come from the rendering itself: the text of the messages before an answer, with the generation
-prompt, must begin the text of the messages up to and with it, and that must begin the whole text.
+prompt, begins the text of the messages up to and with it, and that begins the whole text.
 Character spans become token spans by the tokenizer's own offsets.
+
+Templates of models that reason render an answer differently once a question follows it: Qwen3's
+leave its think block out. What such a model is trained on is the whole text, so the answer is
+looked for there, by a mark in its place. It begins where the generation prompt ends: what the
+template puts in front of the content, such as an empty think block, is the model's to write and
+covered if the prompt leaves it out, as Qwen3's does. If the prompt has it and the whole text does
+not, the answer begins with its content. The last answer always follows its whole prompt.
 
 Roles that a template does not take are written so that it does (`adapted`): a system message in
 front of the first question, a tool's answer as a marked turn of the user's.
@@ -35,6 +42,13 @@ Ids = npt.NDArray[np.int32]
 Mask = npt.NDArray[np.uint8]
 
 GENERATION_MARK = re.compile(r"\{%-?\s*generation\b")
+# What every template of a chat must take.
+TWO_ROUNDS = (
+    Message("user", "What is 2 + 2?"),
+    Message("assistant", "It is 4."),
+    Message("user", "And 3 + 3?"),
+    Message("assistant", "That is 6."),
+)
 
 
 class TemplateError(InputError):
@@ -69,6 +83,18 @@ def encode_conversation(
             "turns; use the template that the model was trained with"
         )
     return ids[:max_length], mask[:max_length]
+
+
+def check_rounds(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Encode a conversation of two rounds, to find a template that cannot be used in time.
+
+    Raises:
+        TemplateError: as `encode_conversation`.
+    """
+    try:
+        encode_conversation(tokenizer, TWO_ROUNDS, max_length=2**31 - 1)
+    except TemplateError as error:
+        raise TemplateError(f"tried on a conversation of two rounds: {error}") from error
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
@@ -231,14 +257,73 @@ def _answers(
             continue
         before = render(tokenizer, messages[:number], generation_prompt=True)
         through = render(tokenizer, messages[: number + 1], generation_prompt=False)
-        if not (text.startswith(through) and through.startswith(before)):
-            raise TemplateError(
-                f"the chat template renders message {number} differently once others follow it, "
-                "so that the assistant's tokens cannot be told; put {% generation %} and "
-                "{% endgeneration %} around the assistant's content in the template"
-            )
+        if text.startswith(through) and through.startswith(before):
+            begin, end = len(before), len(through)
+        else:
+            found = _located(tokenizer, messages, number, text, before)
+            if found is None:
+                raise TemplateError(
+                    f"the chat template renders message {number} differently once others follow "
+                    "it, so that the assistant's tokens cannot be told; put {% generation %} and "
+                    "{% endgeneration %} around the assistant's content in the template"
+                )
+            begin, end = found
         # What is left at the end is the end token, and white space behind it that is not spoken.
-        yield len(before), len(before) + len(through[len(before) :].rstrip())
+        yield begin, begin + len(text[begin:end].rstrip())
+
+
+def _located(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    number: int,
+    text: str,
+    before: str,
+) -> tuple[int, int] | None:
+    """Where an answer stands in a text that its own prompt and turn do not begin.
+
+    Args:
+        number: which of the messages is the answer.
+        text: of all messages.
+        before: the text of those before the answer, with the generation prompt.
+    Returns:
+        Where the answer begins, and where its turn ends; None if the text does not show it.
+    """
+    found = _content(tokenizer, messages, number, text)
+    if found is None:
+        return None
+    content, end = found
+    if text.startswith(before):
+        return len(before), end
+    history = render(tokenizer, messages[:number], generation_prompt=False)
+    opening = before.removeprefix(history)
+    # Earlier messages are rendered differently, but the prompt's end is there.
+    if opening and text[:content].endswith(opening):
+        return content, end
+    # The prompt goes on, with a think block or its beginning, where this answer has its content.
+    # Not so the last one, which must be what the model is asked for.
+    follows = len(history) < content and before.startswith(text[:content])
+    return (content, end) if follows and number < len(messages) - 1 else None
+
+
+def _content(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], number: int, text: str
+) -> tuple[int, int] | None:
+    """Where an answer's content begins in the whole text, and where its turn ends.
+
+    The text around it is the same with a mark in its place. What ends a turn is what stands
+    behind the mark when nothing follows.
+    """
+    mark = hashlib.sha256(text.encode(errors="replace")).hexdigest()
+    marked = (*messages[:number], Message("assistant", mark), *messages[number + 1 :])
+    whole = render(tokenizer, marked, generation_prompt=False).split(mark)
+    alone = render(tokenizer, marked[: number + 1], generation_prompt=False).split(mark)
+    if not len(whole) == len(alone) == 2:
+        return None
+    (front, behind), (_, ending) = whole, alone
+    same = text.startswith(front) and text[len(front) :].endswith(behind)
+    if not (same and ending.strip() and behind.startswith(ending)):
+        return None
+    return len(front), len(text) - len(behind) + len(ending)
 
 
 def _num_prefix_tokens(tokenizer: PreTrainedTokenizerBase, ids: Ids, prefix: str) -> int:

@@ -29,7 +29,7 @@ from core.data.inspection import show_examples, verify_folder
 from core.data.language import known_languages
 from core.data.prompts import PromptPool, prompts_of
 from core.data.records import HUB_SCHEME, find_sources
-from core.data.template import template_hash, tokenizer_hash
+from core.data.template import check_rounds, template_hash, tokenizer_hash
 from core.errors import ConfigError, InputError, UserError
 from core.models.target import target_folder
 from core.paths import naming_a_full_disk, resolve_path, write_atomically
@@ -133,8 +133,10 @@ def _check_bad_records(config: Config, outcome: Mapping[str, Any]) -> None:
 
 
 def _prepare(config: Config, folder: RunFolder) -> dict[str, Any]:
-    # Before anything is read: a tokenizer without a template should not cost a minute to find.
+    # Before anything is read: a template that is missing or does not show the answers should not
+    # cost a pass over the data to find.
     tokenizer = load_chat_tokenizer(target_folder(config.target.path), config.target.template)
+    check_rounds(tokenizer)
     hashes = tokenizer_hash(tokenizer), template_hash(tokenizer)
     _check_languages(config.data)
     aside = folder.path / ASIDE
