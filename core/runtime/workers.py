@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-import tempfile
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,6 +23,7 @@ from ray.train import (
     Checkpoint,
     CheckpointConfig,
     CheckpointConsistencyMode,
+    CheckpointUploadMode,
     FailureConfig,
     RunConfig,
     ScalingConfig,
@@ -33,6 +34,7 @@ from ray.train.v2.api.config import LoggingConfig
 
 from core.config import Config, TrainConfig
 from core.errors import ResourceError, StageError, UserError
+from core.paths import TEMPORARY, naming_a_full_disk
 from core.progress import Progress, say
 from core.runtime.resources import check_placement
 from core.runtime.streaming import StreamBroken
@@ -44,6 +46,8 @@ from core.train.memory import is_out_of_memory
 STORAGE = "ray_train"
 SNAPSHOT = "checkpoint_manager_snapshot.json"
 FAILURES = "failures.jsonl"
+# A checkpoint that is being written.
+UNFINISHED = f".checkpoint{TEMPORARY}"
 SECONDS_BETWEEN_LOOKS = 1.0
 # After which a run of fewer workers than it might have looks for nodes.
 SECONDS_BETWEEN_RESIZES = 15.0
@@ -240,13 +244,42 @@ class RayHost:
 
     def keep_checkpoint(self, step: int, save: Callable[[Path], None]) -> None:
         # All workers report; only the first one has something to keep.
-        with tempfile.TemporaryDirectory(prefix="aerie-") as folder:
-            save(Path(folder))
-            ray.train.report(
-                {"step": step},
-                checkpoint=Checkpoint.from_directory(folder) if self.rank == 0 else None,
-                checkpoint_dir_name=f"step-{step:08d}",
-            )
+        storage, name = ray.train.get_context().get_storage(), f"step-{step:08d}"
+        kept = Path(storage.build_checkpoint_path_from_name(name))
+        checkpoint = None
+        if self.rank == 0:
+            write_checkpoint(kept, save)
+            checkpoint = Checkpoint(str(kept), storage.storage_filesystem)
+        else:
+            save(kept)
+        # Ray Train's own copying into this folder, where the disk is full, has all workers wait
+        # for ever for the first one's report.
+        ray.train.report(
+            {"step": step},
+            checkpoint=checkpoint,
+            checkpoint_dir_name=name,
+            checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,
+        )
+
+
+def write_checkpoint(kept: Path, save: Callable[[Path], None]) -> None:
+    """Have `save` fill a folder, which has its name once it is whole.
+
+    Raises:
+        ResourceError: the disk is full; nothing is left behind.
+    """
+    # Of a killed worker: Ray Train knows of neither.
+    aside = kept.with_name(UNFINISHED)
+    for old in (aside, kept):
+        shutil.rmtree(old, ignore_errors=True)
+    try:
+        with naming_a_full_disk(kept):
+            aside.mkdir()
+            save(aside)
+            aside.rename(kept)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
 
 
 def drop_broken_snapshot(run: Path, stage: str) -> None:

@@ -9,16 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
 from ray.train.v2.api.exceptions import WorkerGroupError
 
 from core.config import Config
-from core.errors import ConfigError, InputError, StageError
+from core.errors import ConfigError, InputError, ResourceError, StageError
 from core.runtime import workers
 from core.runtime.streaming import StreamBroken
 from core.tracking import append_json_line
+from core.train.tensor_file import float32_file
 from jobs.train_draft import JOB
 from tests.tiny_features import write_tiny_features
+
+# Every write to it finds no room.
+FULL_DISK = Path("/dev/full")
 
 
 def test_inputs_are_named_when_they_are_missing(tmp_path: Path) -> None:
@@ -54,6 +59,40 @@ def test_a_whole_snapshot_stays_and_a_broken_one_goes(
     workers.drop_broken_snapshot(tmp_path, "train_draft")
     assert not snapshot.exists()
     assert "was cut off" in capsys.readouterr().out
+
+
+def test_a_checkpoint_has_its_name_once_it_is_whole(tmp_path: Path) -> None:
+    kept = tmp_path / "step-00000010"
+    for left in (kept, tmp_path / workers.UNFINISHED):
+        left.mkdir()
+        (left / "of a killed worker").touch()
+
+    def save(folder: Path) -> None:
+        assert not kept.exists()
+        (folder / "state.json").write_text("{}")
+
+    workers.write_checkpoint(kept, save)
+    assert list(tmp_path.iterdir()) == [kept]
+    assert [file.name for file in kept.iterdir()] == ["state.json"]
+
+
+def test_a_full_disk_is_named_and_leaves_no_checkpoint(tmp_path: Path) -> None:
+    def save(folder: Path) -> None:
+        (folder / "state.json").write_text("{}")
+        FULL_DISK.write_text("weights")
+
+    with pytest.raises(ResourceError, match=r"step-00000010: cannot be written \(No space left"):
+        workers.write_checkpoint(tmp_path / "step-00000010", save)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_named_by_a_file_of_weights() -> None:
+    def save() -> None:
+        with float32_file(FULL_DISK, {"weight": (4, 1024)}, {}) as write:
+            write("weight", torch.zeros(4, 1024))
+
+    with pytest.raises(ResourceError, match=r"/dev/full: cannot be written \(No space left"):
+        save()
 
 
 def test_a_users_error_in_a_worker_is_the_users() -> None:
