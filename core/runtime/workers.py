@@ -11,7 +11,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ from ray.train import (
     CheckpointConfig,
     CheckpointConsistencyMode,
     CheckpointUploadMode,
+    ControllerError,
     FailureConfig,
     RunConfig,
     ScalingConfig,
@@ -34,7 +35,7 @@ from ray.train.v2.api.config import LoggingConfig
 
 from core.config import Config, TrainConfig
 from core.errors import ResourceError, StageError, UserError
-from core.paths import TEMPORARY, naming_a_full_disk
+from core.paths import TEMPORARY, naming_a_full_disk, write_atomically
 from core.progress import Progress, say
 from core.runtime.resources import check_placement
 from core.runtime.streaming import StreamBroken
@@ -86,11 +87,11 @@ class WorkerGroup:
             work: importable by name; goes through `on_worker`.
             settings: for each.
         Raises:
-            UserError: one that a worker ran into.
+            UserError: one that a worker ran into; at once.
             StageError: too many workers were lost, or `work` failed with one on all of them.
         """
         train, storage = self.train, self.output / STORAGE
-        drop_broken_snapshot(storage / self.run, self.stage)
+        mend_snapshot(storage / self.run, self.stage)
         for name, value in RAY_TRAIN_SETTINGS.items():
             os.environ.setdefault(name, value)
         # What it adds, besides an error in every job's log, is wanted on announced losses alone.
@@ -282,19 +283,47 @@ def write_checkpoint(kept: Path, save: Callable[[Path], None]) -> None:
         raise
 
 
-def drop_broken_snapshot(run: Path, stage: str) -> None:
-    """Remove Ray Train's list of checkpoints if a kill cut it off while it was being written.
+def mend_snapshot(run: Path, stage: str) -> None:
+    """Make Ray Train's list of checkpoints one that it starts with, whatever has become of them.
 
-    Ray Train would refuse to start for ever; without the list it starts from the first step.
+    It would refuse for ever a list that a kill cut off while it was being written, and one that
+    names a checkpoint which the user has removed because it was damaged.
     """
     snapshot = run / SNAPSHOT
     try:
-        json.loads(snapshot.read_text())
+        content: dict[str, Any] = json.loads(snapshot.read_text())
     except FileNotFoundError:
         return
     except ValueError:
         say(stage, f"warning: {snapshot} was cut off; training starts from the first step")
         snapshot.unlink()
+        return
+    names = [result["checkpoint_dir_name"] for result in content["checkpoint_results"]]
+    missing = [name for name in names if not (run / name).exists()]
+    if not missing:
+        return
+    gone = f"warning: {', '.join(missing)} of {run} was removed; training"
+    if len(missing) == len(names):
+        say(stage, f"{gone} starts from the first step")
+        snapshot.unlink()
+        return
+    _forget(content, missing)
+    say(stage, f"{gone} goes on from {content['checkpoint_results'][-1]['checkpoint_dir_name']}")
+    write_atomically(snapshot, json.dumps(content).encode())
+
+
+def _forget(content: dict[str, Any], names: Sequence[str]) -> None:
+    """Take checkpoints out of Ray Train's list; some are left."""
+    results, indices = content["checkpoint_results"], content["checkpoint_report_indices"]
+    kept = [
+        (result, index)
+        for result, index in zip(results, indices, strict=True)
+        if result["checkpoint_dir_name"] not in names
+    ]
+    content["checkpoint_results"] = [result for result, _ in kept]
+    content["checkpoint_report_indices"] = [index for _, index in kept]
+    # They stand in the order in which they were reported.
+    content["latest_checkpoint_result"] = kept[-1][0]
 
 
 def explain(error: Exception, advice: str) -> Exception:
@@ -304,10 +333,10 @@ def explain(error: Exception, advice: str) -> Exception:
         error: Ray Train's.
         advice: for where Ray has ended a worker because its node ran out of memory.
     """
-    failures = getattr(error, "worker_failures", {})
-    for failure in failures.values():
-        # Ray Train wraps what a worker raised.
-        cause = getattr(failure, "_base_exc", failure)
+    if isinstance(error, ControllerError) and isinstance(error.controller_failure, UserError):
+        # See `_FailureLog`.
+        return error.controller_failure
+    for cause in _causes(getattr(error, "worker_failures", {})):
         if isinstance(cause, StreamBroken):
             return cause.error
         if isinstance(cause, ray.exceptions.OutOfMemoryError):
@@ -320,11 +349,19 @@ def explain(error: Exception, advice: str) -> Exception:
     )
 
 
+def _causes(failures: Mapping[int, Exception]) -> list[Exception]:
+    """What the workers raised, which Ray Train wraps."""
+    return [getattr(failure, "_base_exc", failure) for failure in failures.values()]
+
+
 class _FailureLog(UserCallback):
     """Writes `failures.jsonl` in the run's folder: when which workers failed, and of what.
 
     The controller calls it. Metrics do not tell: a run that makes up for what it lost between
     two looks at them seems never to have been disturbed.
+
+    An error that the user has to mend ends the run here: a worker started anew would run into the
+    same, up to `train.max_failures` times, and load the model for each.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -332,7 +369,14 @@ class _FailureLog(UserCallback):
         self._last: dict[int, str] = {}
 
     def after_exception(self, run_context: object, worker_exceptions: dict[int, Exception]) -> None:
-        """See `UserCallback`."""
+        """See `UserCallback`.
+
+        Raises:
+            ControllerError: with the user's error; Ray Train does not try again after one.
+        """
+        for cause in _causes(worker_exceptions):
+            if isinstance(cause, UserError):
+                raise ControllerError(cause)
         failures = {rank: str(error).strip() for rank, error in sorted(worker_exceptions.items())}
         # While Ray waits for an announced loss, it hands over the same failure at every look.
         if failures != self._last:
