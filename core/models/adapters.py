@@ -117,7 +117,7 @@ def load_adapted(target: Path, adapters: Path) -> nn.Module:
 
     Float32 where nothing is quantized; for inference.
     Raises:
-        InputError: no folder of adapters.
+        InputError: no folder of adapters, or a damaged one.
         MismatchError: they were trained on another target.
     """
     method = check_adapters(target, adapters)
@@ -129,7 +129,7 @@ def merge_adapters(target: Path, adapters: Path) -> nn.Module:
     """A plain model with the logits of `load_adapted`, float32: quantized weights are unpacked.
 
     Raises:
-        InputError: no folder of adapters.
+        InputError: no folder of adapters, or a damaged one.
         MismatchError: they were trained on another target.
     """
     method = check_adapters(target, adapters)
@@ -143,7 +143,7 @@ def check_adapters(target: Path, adapters: Path) -> str:
     """Make sure that adapters belong to a target; returns the method that trained them.
 
     Raises:
-        InputError: no folder of adapters.
+        InputError: no folder of adapters, or a damaged one.
         MismatchError: they were trained on another target.
     """
     record = adapters / RECORD
@@ -152,13 +152,25 @@ def check_adapters(target: Path, adapters: Path) -> str:
             f"{adapters}: no {RECORD} and {PEFT_CONFIG} in it; give a folder of adapters that "
             "finetune_target wrote (<output>/adapter)"
         )
-    found: dict[str, Any] = json.loads(record.read_text())
+    found = _read_record(record)
     if found["target_fingerprint"] != target_fingerprint(target):
         raise MismatchError(
             f"{adapters} was trained on another model than {target}; give the one that it was "
             "trained on: its weights count, not its name"
         )
-    return str(found["method"])
+    return found["method"]
+
+
+def _read_record(path: Path) -> dict[str, str]:
+    """What `save_adapters` wrote of the target and the method."""
+    try:
+        found = json.loads(path.read_text())
+        return {key: str(found[key]) for key in ("target_fingerprint", "method")}
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{path} is damaged ({error!r}); copy the folder of adapters anew, or run "
+            "finetune_target again with overwrite=true"
+        ) from error
 
 
 def _load(

@@ -9,9 +9,9 @@ from __future__ import annotations
 import json
 import logging
 import os
-import tempfile
+import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,8 @@ from ray.train import (
     Checkpoint,
     CheckpointConfig,
     CheckpointConsistencyMode,
+    CheckpointUploadMode,
+    ControllerError,
     FailureConfig,
     RunConfig,
     ScalingConfig,
@@ -33,6 +35,7 @@ from ray.train.v2.api.config import LoggingConfig
 
 from core.config import Config, TrainConfig
 from core.errors import ResourceError, StageError, UserError
+from core.paths import TEMPORARY, naming_a_full_disk, write_atomically
 from core.progress import Progress, say
 from core.runtime.resources import check_placement
 from core.runtime.streaming import StreamBroken
@@ -44,6 +47,8 @@ from core.train.memory import is_out_of_memory
 STORAGE = "ray_train"
 SNAPSHOT = "checkpoint_manager_snapshot.json"
 FAILURES = "failures.jsonl"
+# A checkpoint that is being written.
+UNFINISHED = f".checkpoint{TEMPORARY}"
 SECONDS_BETWEEN_LOOKS = 1.0
 # After which a run of fewer workers than it might have looks for nodes.
 SECONDS_BETWEEN_RESIZES = 15.0
@@ -82,11 +87,11 @@ class WorkerGroup:
             work: importable by name; goes through `on_worker`.
             settings: for each.
         Raises:
-            UserError: one that a worker ran into.
+            UserError: one that a worker ran into; at once.
             StageError: too many workers were lost, or `work` failed with one on all of them.
         """
         train, storage = self.train, self.output / STORAGE
-        drop_broken_snapshot(storage / self.run, self.stage)
+        mend_snapshot(storage / self.run, self.stage)
         for name, value in RAY_TRAIN_SETTINGS.items():
             os.environ.setdefault(name, value)
         # What it adds, besides an error in every job's log, is wanted on announced losses alone.
@@ -240,28 +245,85 @@ class RayHost:
 
     def keep_checkpoint(self, step: int, save: Callable[[Path], None]) -> None:
         # All workers report; only the first one has something to keep.
-        with tempfile.TemporaryDirectory(prefix="aerie-") as folder:
-            save(Path(folder))
-            ray.train.report(
-                {"step": step},
-                checkpoint=Checkpoint.from_directory(folder) if self.rank == 0 else None,
-                checkpoint_dir_name=f"step-{step:08d}",
-            )
+        storage, name = ray.train.get_context().get_storage(), f"step-{step:08d}"
+        kept = Path(storage.build_checkpoint_path_from_name(name))
+        checkpoint = None
+        if self.rank == 0:
+            write_checkpoint(kept, save)
+            checkpoint = Checkpoint(str(kept), storage.storage_filesystem)
+        else:
+            save(kept)
+        # Ray Train's own copying into this folder, where the disk is full, has all workers wait
+        # for ever for the first one's report.
+        ray.train.report(
+            {"step": step},
+            checkpoint=checkpoint,
+            checkpoint_dir_name=name,
+            checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,
+        )
 
 
-def drop_broken_snapshot(run: Path, stage: str) -> None:
-    """Remove Ray Train's list of checkpoints if a kill cut it off while it was being written.
+def write_checkpoint(kept: Path, save: Callable[[Path], None]) -> None:
+    """Have `save` fill a folder, which has its name once it is whole.
 
-    Ray Train would refuse to start for ever; without the list it starts from the first step.
+    Raises:
+        ResourceError: the disk is full; nothing is left behind.
+    """
+    # Of a killed worker: Ray Train knows of neither.
+    aside = kept.with_name(UNFINISHED)
+    for old in (aside, kept):
+        shutil.rmtree(old, ignore_errors=True)
+    try:
+        with naming_a_full_disk(kept):
+            aside.mkdir()
+            save(aside)
+            aside.rename(kept)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+def mend_snapshot(run: Path, stage: str) -> None:
+    """Make Ray Train's list of checkpoints one that it starts with, whatever has become of them.
+
+    It would refuse for ever a list that a kill cut off while it was being written, and one that
+    names a checkpoint which the user has removed because it was damaged.
     """
     snapshot = run / SNAPSHOT
     try:
-        json.loads(snapshot.read_text())
+        content: dict[str, Any] = json.loads(snapshot.read_text())
     except FileNotFoundError:
         return
     except ValueError:
         say(stage, f"warning: {snapshot} was cut off; training starts from the first step")
         snapshot.unlink()
+        return
+    names = [result["checkpoint_dir_name"] for result in content["checkpoint_results"]]
+    missing = [name for name in names if not (run / name).exists()]
+    if not missing:
+        return
+    gone = f"warning: {', '.join(missing)} of {run} was removed; training"
+    if len(missing) == len(names):
+        say(stage, f"{gone} starts from the first step")
+        snapshot.unlink()
+        return
+    _forget(content, missing)
+    say(stage, f"{gone} goes on from {content['checkpoint_results'][-1]['checkpoint_dir_name']}")
+    write_atomically(snapshot, json.dumps(content).encode())
+
+
+def _forget(content: dict[str, Any], names: Sequence[str]) -> None:
+    """Take checkpoints out of Ray Train's list; some are left."""
+    results, indices = content["checkpoint_results"], content["checkpoint_report_indices"]
+    kept = [
+        (result, index)
+        for result, index in zip(results, indices, strict=True)
+        if result["checkpoint_dir_name"] not in names
+    ]
+    content["checkpoint_results"] = [result for result, _ in kept]
+    content["checkpoint_report_indices"] = [index for _, index in kept]
+    # They stand in the order in which they were reported.
+    content["latest_checkpoint_result"] = kept[-1][0]
 
 
 def explain(error: Exception, advice: str) -> Exception:
@@ -271,10 +333,10 @@ def explain(error: Exception, advice: str) -> Exception:
         error: Ray Train's.
         advice: for where Ray has ended a worker because its node ran out of memory.
     """
-    failures = getattr(error, "worker_failures", {})
-    for failure in failures.values():
-        # Ray Train wraps what a worker raised.
-        cause = getattr(failure, "_base_exc", failure)
+    if isinstance(error, ControllerError) and isinstance(error.controller_failure, UserError):
+        # See `_FailureLog`.
+        return error.controller_failure
+    for cause in _causes(getattr(error, "worker_failures", {})):
         if isinstance(cause, StreamBroken):
             return cause.error
         if isinstance(cause, ray.exceptions.OutOfMemoryError):
@@ -287,11 +349,19 @@ def explain(error: Exception, advice: str) -> Exception:
     )
 
 
+def _causes(failures: Mapping[int, Exception]) -> list[Exception]:
+    """What the workers raised, which Ray Train wraps."""
+    return [getattr(failure, "_base_exc", failure) for failure in failures.values()]
+
+
 class _FailureLog(UserCallback):
     """Writes `failures.jsonl` in the run's folder: when which workers failed, and of what.
 
     The controller calls it. Metrics do not tell: a run that makes up for what it lost between
     two looks at them seems never to have been disturbed.
+
+    An error that the user has to mend ends the run here: a worker started anew would run into the
+    same, up to `train.max_failures` times, and load the model for each.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -299,7 +369,14 @@ class _FailureLog(UserCallback):
         self._last: dict[int, str] = {}
 
     def after_exception(self, run_context: object, worker_exceptions: dict[int, Exception]) -> None:
-        """See `UserCallback`."""
+        """See `UserCallback`.
+
+        Raises:
+            ControllerError: with the user's error; Ray Train does not try again after one.
+        """
+        for cause in _causes(worker_exceptions):
+            if isinstance(cause, UserError):
+                raise ControllerError(cause)
         failures = {rank: str(error).strip() for rank, error in sorted(worker_exceptions.items())}
         # While Ray waits for an announced loss, it hands over the same failure at every look.
         if failures != self._last:

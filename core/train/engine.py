@@ -292,8 +292,8 @@ def checkpoint_file(path: Path) -> Iterator[Any]:
 def damaged(path: Path, error: Exception) -> InputError:
     """What the user is told of a checkpoint's file that cannot be read."""
     return InputError(
-        f"{path} cannot be read ({error}): the checkpoint is damaged; remove it to go on from the "
-        "one before, or start anew with overwrite=true"
+        f"{path} cannot be read ({error}): the checkpoint is damaged; remove {path.parent} to go "
+        "on from the checkpoint before it, or from the first step if there is no other"
     )
 
 

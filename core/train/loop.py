@@ -19,6 +19,7 @@ from torch import Tensor
 
 from core.config import TrainConfig
 from core.errors import StageError
+from core.paths import naming_a_full_disk
 from core.tracking import MetricLog
 from core.train.engine import TrainingEngine, checkpoint_file, damaged
 from core.train.evaluation import ACCEPTED_LENGTH, HELD_OUT, means
@@ -136,7 +137,8 @@ class TrainingLoop:
                     with checkpoint_file(folder / BEST):
                         pass
                     if self.host.rank == 0:
-                        shutil.copyfile(folder / BEST, self.scratch / BEST)
+                        with naming_a_full_disk(self.scratch / BEST):
+                            shutil.copyfile(folder / BEST, self.scratch / BEST)
 
     def _advance(self) -> None:
         """One optimizer step, and what is due after it."""

@@ -15,6 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from core.paths import naming_a_full_disk
+
 ALIGNMENT = 8
 ITEM_BYTES = 4
 
@@ -31,6 +33,8 @@ def float32_file(
         metadata: for the header.
     Yields:
         What takes a name and its tensor; asserts that they come as announced.
+    Raises:
+        ResourceError: the disk is full.
     """
     header: dict[str, object] = {"__metadata__": dict(metadata)}
     end = 0
@@ -40,7 +44,7 @@ def float32_file(
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % ALIGNMENT)
     coming = iter(shapes.items())
-    with path.open("wb") as file:
+    with naming_a_full_disk(path), path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
 
         def write(name: str, tensor: Tensor) -> None:

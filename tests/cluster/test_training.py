@@ -18,10 +18,13 @@ from core.decode.load import load_decoder
 from core.decode.tree import PLAIN, TreePlan
 from core.draft.base import DraftHead
 from core.draft.folder import load_head, read_record
+from core.errors import InputError
 from core.models.weights import load_embedding, load_output_head
 from core.runtime.job import run_stage
-from core.runtime.workers import FAILURES
+from core.runtime.training import RUN
+from core.runtime.workers import FAILURES, STORAGE
 from core.tracking import read_json_lines, read_metrics
+from core.train.engine import FILE
 from core.train.loop import MEASURED
 from core.train.order import evaluation_batches
 from core.train.schedule import learning_rate
@@ -243,6 +246,30 @@ def test_kills_change_nothing(
     heads = [load_head(folder / "head").state_dict() for folder in (output, undisturbed_output)]
     assert heads[0].keys() == heads[1].keys()
     assert all(torch.equal(heads[0][name], heads[1][name]) for name in heads[1])
+
+
+def test_a_damaged_checkpoint_ends_the_run_until_it_is_removed(
+    two_nodes: str,
+    overrides: dict[str, Any],
+    interrupted: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """At once, though any number of lost workers is survived; what the error says helps."""
+    output = tmp_path / "out"
+    shutil.copytree(interrupted, output)
+    newest = output / STORAGE / RUN / f"step-{last_checkpoint(output, 'draft'):08d}"
+    (newest / FILE).write_bytes((newest / FILE).read_bytes()[:-100])
+    config = _config({**overrides, "train.max_failures": -1}, two_nodes, output)
+    failures = len(read_json_lines(output / FAILURES))
+    with pytest.raises(InputError, match=f"is damaged; remove {newest} to go on"):
+        run_stage(JOB, config)
+    shutil.rmtree(newest)
+    report = run_stage(JOB, config)
+    assert f"{newest.name} of {newest.parent} was removed; training" in capsys.readouterr().out
+    assert report["steps"] == 300
+    assert len(read_json_lines(output / FAILURES)) == failures
+    assert len([*newest.parent.glob("*step-*")]) == config.train.keep_checkpoints
 
 
 def test_one_worker_goes_on_where_two_were(

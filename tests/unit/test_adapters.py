@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from core.config import Config, FinetuneConfig
 from core.errors import ConfigError, InputError, MismatchError
 from core.models.adapters import (
+    RECORD,
     check_adapters,
     count_trained,
     load_adapted,
@@ -119,6 +120,19 @@ def test_a_wrong_base_is_refused(tmp_path: Path) -> None:
             refuse(other, tmp_path / "adapter")
     with pytest.raises(InputError, match=r"no aerie\.json"):
         merge_adapters(folder, folder)
+
+
+def test_a_damaged_record_is_named(tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "base", "llama")
+    finetune = _finetune("lora")
+    _, weights = _trained(folder, finetune)
+    save_adapters(tmp_path / "adapter", weights, finetune, folder, str(folder))
+    record = tmp_path / "adapter" / RECORD
+    whole = record.read_text()
+    for content in (whole[: len(whole) // 2], "", "[]", "{}"):
+        record.write_text(content)
+        with pytest.raises(InputError, match=r"adapter/aerie\.json is damaged \(.*copy the folder"):
+            check_adapters(folder, tmp_path / "adapter")
 
 
 def test_peft_reads_the_folder(tmp_path: Path) -> None:

@@ -95,6 +95,10 @@ def test_an_override_is_yaml(override: str, section: str, key: str, value: Any) 
         ),
         (("train.offload=optimizer", "train.parallelism=ddp"), "choose train.parallelism=zero1"),
         (("train.offload=all", "train.parallelism=zero2"), "choose train.parallelism=zero3"),
+        (
+            ("train.parts=[2,2]", "train.parallelism=zero2"),
+            "train.parts=[2, 2] with train.parallelism=zero2: a pipeline alone is made of parts",
+        ),
         (("train.min_workers=3", "train.num_workers=2"), "it is the larger of the two"),
         (
             ("train.min_workers=1", "train.num_workers=4", "train.global_batch_size=16"),

@@ -216,8 +216,9 @@ def test_a_damaged_checkpoint_is_refused_before_training_starts(
         whole = file.read_bytes()
         for cut in (len(whole) // 2, 5):
             file.write_bytes(whole[:cut])
-            with pytest.raises(InputError, match=rf"{file.name} cannot be read .* is damaged"):
+            with pytest.raises(InputError, match=rf"{file.name} cannot be read .* is damaged") as e:
                 finetune(task, tmp_path, "run", host, CPU)
+            assert f"remove {kept} to go on" in str(e.value)
         file.write_bytes(whole)
     lora = _task(target, examples, **settings, finetune={"method": "lora"})
     with pytest.raises(InputError, match="of another model, method or optimizer"):

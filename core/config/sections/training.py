@@ -133,6 +133,16 @@ class TrainConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _parts_are_of_a_pipeline(self) -> TrainConfig:
+        if self.parts and self.parallelism != "pipeline":
+            raise ValueError(
+                f"train.parts={list(self.parts)} with train.parallelism={self.parallelism}: a "
+                "pipeline alone is made of parts; choose train.parallelism=pipeline, or leave "
+                "train.parts out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _workers_may_vary(self) -> TrainConfig:
         least = self.min_workers
         if least is None:
