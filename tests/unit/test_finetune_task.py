@@ -135,10 +135,11 @@ def test_a_bad_target_is_refused_before_conversations_are_prepared(
     file = cut_off / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-4])
     parts = {"parallelism": "pipeline", "num_workers": 2, "parts": (9, 9)}
-    for folder, train, error, said in (
+    cases: tuple[tuple[Path, dict[str, Any], type[Exception], str], ...] = (
         (target, parts, ConfigError, "adds up to 18, the model has 4 blocks"),
         (cut_off, {}, InputError, r"model\.safetensors cannot be read"),
-    ):
+    )
+    for folder, train, error, said in cases:
         config = _config(**train).replace(
             output=str(tmp_path / "out"),
             target={"path": str(folder)},
