@@ -65,11 +65,7 @@ def check_readable(folder: Path) -> None:
         InputError: one is cut off or none at all.
     """
     for file in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(file, framework="pt"):
-                pass
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"{file} cannot be read ({error}); copy the folder anew") from error
+        _names_in(file)
 
 
 def _load(folder: Path, find: Callable[[PreTrainedModel], Any], what: str) -> Tensor:
@@ -135,8 +131,12 @@ def tensor_files(folder: Path) -> dict[str, Path]:
             f"{folder}: no model.safetensors and no model.safetensors.index.json; convert the "
             "checkpoint to safetensors first (jobs.convert_model)"
         )
+    return dict.fromkeys(_names_in(single), single)
+
+
+def _names_in(file: Path) -> list[str]:
     try:
-        with safe_open(single, framework="pt") as file:
-            return dict.fromkeys(file.keys(), single)
-    except SafetensorError as error:
-        raise InputError(f"{single} cannot be read ({error}); copy the folder anew") from error
+        with safe_open(file, framework="pt") as opened:
+            return list(opened.keys())
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{file} cannot be read ({error}); copy the folder anew") from error

@@ -129,9 +129,9 @@ def _with_inputs(config: Config, output: Path, preparation: Job) -> Config:
     if not config.target.path:
         made = conversion.with_converted_target(config.replace(output=str(output / "target")))
         config = config.replace(target={"path": made.target.path})
-    # Before conversations are prepared for it, which may take an hour.
-    check_target(target_folder(target_location(str(config.target.path))), config)
     if not config.data.examples:
+        # Before conversations are prepared for it, which may take an hour.
+        check_target(target_folder(target_location(str(config.target.path))), config)
         examples = str(output / "examples")
         run_stage(preparation, config.replace(output=examples))
         config = config.replace(data={"examples": examples})
