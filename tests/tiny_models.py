@@ -38,6 +38,9 @@ TINY_CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
         **_but_layers(), n_layer=3, n_head=4, tie_word_embeddings=False
     ),
     "mixtral": lambda: MixtralConfig(**LLAMA, num_local_experts=4, num_experts_per_tok=2),
+    "mixtral-tied": lambda: MixtralConfig(
+        **LLAMA, num_local_experts=4, num_experts_per_tok=2, tie_word_embeddings=True
+    ),
     "qwen-2": lambda: Qwen2Config(**LLAMA, tie_word_embeddings=True),
     "qwen-3": lambda: Qwen3Config(**LLAMA, head_dim=16, tie_word_embeddings=False),
     "qwen-3-tied": lambda: Qwen3Config(**LLAMA, head_dim=16, tie_word_embeddings=True),

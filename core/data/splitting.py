@@ -1,11 +1,14 @@
 """Conversations to examples of at most `max_length` tokens, divided between turns.
 
 A round is a question and all that answers it. Each part of a long conversation holds as many
-whole rounds as fit, and the system message in front of them.
+whole rounds as fit, and the system message in front of them. Of a round that is too long alone,
+answers stay whole as long as they can: the question loses its beginning, then later answers go.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -28,12 +31,14 @@ class Part:
         loss_mask_T: uint8 [T]; all zero if the first answer starts behind max_length.
         num_turns: messages that went into it.
         cut: whether tokens at its end were left out.
+        shortened: whether some of a round was left out for an answer to stay whole.
     """
 
     input_ids_T: Ids
     loss_mask_T: Mask
     num_turns: int
     cut: bool
+    shortened: bool = False
 
 
 def encode_parts(
@@ -76,9 +81,46 @@ def encode_parts(
                 break
             end -= 1
         part = Part(ids[:max_length], mask[:max_length], len(chosen), len(ids) > max_length)
+        if part.cut:
+            part = _with_whole_answers(tokenizer, chosen, max_length) or part
         parts.append(part)
         first = end
     return parts
+
+
+def _with_whole_answers(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], max_length: int
+) -> Part | None:
+    """Of a round that is too long, as many answers as fit whole; None if the first does not."""
+    ends = [n for n, message in enumerate(messages, start=1) if message.role == "assistant"]
+    for end in reversed(ends):
+        fitting = _with_shorter_question(tokenizer, messages[:end], max_length)
+        if fitting is not None:
+            return fitting
+    return None
+
+
+def _with_shorter_question(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], max_length: int
+) -> Part | None:
+    """A round without as much of its question's beginning as it takes; None if not all is enough.
+
+    The end is kept, as what the answer follows on. By characters, for which any tokenizer will do.
+    """
+    asked = next((n for n, message in enumerate(messages) if message.role == "user"), None)
+    if asked is None:
+        return None
+    question, content = messages[asked], messages[asked].content
+    characters_a_token = len(content) / max(1, len(tokenizer(content)["input_ids"]))
+    while content:
+        shorter = dataclasses.replace(question, content=content)
+        chosen = (*messages[:asked], shorter, *messages[asked + 1 :])
+        ids, mask = encode_conversation(tokenizer, chosen, WHOLE)
+        over = len(ids) - max_length
+        if over <= 0:
+            return Part(ids, mask, len(chosen), cut=False, shortened=True)
+        content = content[math.ceil(over * characters_a_token) :].lstrip()
+    return None
 
 
 def _text_parts(

@@ -34,6 +34,7 @@ ENCODED_SCHEMA = pa.schema(
         ("loss_mask", pa.list_(pa.list_(pa.uint8()))),
         ("num_turns", pa.list_(pa.int32())),
         ("cut", pa.list_(pa.bool_())),
+        ("shortened", pa.list_(pa.bool_())),
         ("questions", pa.list_(pa.binary())),
         # Of held-out conversations, for their prompts.
         ("messages", pa.large_string()),
@@ -129,6 +130,7 @@ def encode_row(
         "loss_mask": [part.loss_mask_T for part in parts],
         "num_turns": [part.num_turns for part in parts],
         "cut": [part.cut for part in parts],
+        "shortened": [part.shortened for part in parts],
         "questions": questions_of(conversation),
         "messages": row["messages"] if held_out else None,
         "prompt_lengths": [len(encode_prompt(tokenizer, prompt.messages)) for prompt in prompts],

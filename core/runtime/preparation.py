@@ -197,7 +197,12 @@ def _write(
         for split in SPLITS
     }
     pool = PromptPool(aside / "candidates.jsonl", data.prompt_tokens)
-    split_up = {"conversations_split": 0, "answers_cut": 0, "parts_without_answer": 0}
+    split_up = {
+        "conversations_split": 0,
+        "rounds_shortened": 0,
+        "answers_cut": 0,
+        "parts_without_answer": 0,
+    }
     late = to_learn = 0
     with closing(encode_all(aside / SELECTED, config, hashes[0])) as encoded:
         # The first takes as long as the workers take to start, which says nothing about the rate.
@@ -212,6 +217,7 @@ def _write(
                 to_learn += row["kind"] != "prompt"
                 late += not examples and row["kind"] != "prompt"
                 split_up["conversations_split"] += len(row["input_ids"]) > 1
+                split_up["rounds_shortened"] += sum(row["shortened"])
                 split_up["answers_cut"] += sum(row["cut"])
                 split_up["parts_without_answer"] += len(row["input_ids"]) - len(examples)
     for writer in writers.values():

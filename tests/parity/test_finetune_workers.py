@@ -1,7 +1,10 @@
-"""Fine-tuning by two workers against a plain loop in one process, for every architecture."""
+"""Fine-tuning by two and by four workers against a plain loop in one process, for every
+architecture with its embedding tied to the head and apart from it."""
 
 from __future__ import annotations
 
+import itertools
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +21,7 @@ from core.train.loop import MEASURED
 from tests.folder_host import FolderHost
 from tests.plain_finetuning import decided, plain
 from tests.tiny_targets import save_tiny, write_tiny_examples
-from tests.two_workers import TwoWorkers
+from tests.two_workers import FourWorkers, TwoWorkers
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("process_group")]
 
@@ -34,20 +37,20 @@ MORE_DIVISIONS: tuple[dict[str, Any], ...] = (
     {"parallelism": "zero2", "offload": "optimizer"},
     {"parallelism": "zero3", "offload": "all"},
 )
-MODELS = (
-    ("llama", True),
-    ("llama", False),
-    ("bloom", True),
-    ("mixtral", False),
-    ("qwen3", False),
-    ("gpt2", True),
-    ("gpt2", False),
-)
+MODELS = tuple(itertools.product(("llama", "bloom", "mixtral", "qwen3", "gpt2"), (True, False)))
+# Four workers of two CPUs take their time: two models are enough for every day.
+FOUR_EVERY_DAY = (("llama", True), ("gpt2", False))
 
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoWorkers]:
     with TwoWorkers(tmp_path_factory.mktemp("pair")) as workers:
+        yield workers
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FourWorkers]:
+    with FourWorkers(tmp_path_factory.mktemp("four")) as workers:
         yield workers
 
 
@@ -112,17 +115,42 @@ def run(
 def test_two_workers_train_what_a_plain_loop_trains(
     pair: TwoWorkers, examples: Path, tmp_path: Path, architecture: str, tied: bool
 ) -> None:
-    """The loss of every step and all last weights; both differ by rounding of float32 alone."""
+    more = MORE_DIVISIONS if (architecture, tied) == ("llama", True) else ()
     target = save_tiny(tmp_path / "target", architecture, tied=tied)
-    packing = architecture != "bloom"
+    _hold_against_a_plain_loop(pair, (*DIVISIONS, *more), target, examples, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "tied"),
+    [
+        pytest.param(*model, marks=[] if model in FOUR_EVERY_DAY else [pytest.mark.soak])
+        for model in MODELS
+    ],
+)
+def test_four_workers_train_what_a_plain_loop_trains(
+    four: FourWorkers, examples: Path, tmp_path: Path, architecture: str, tied: bool
+) -> None:
+    target = save_tiny(tmp_path / "target", architecture, tied=tied)
+    _hold_against_a_plain_loop(four, DIVISIONS, target, examples, tmp_path)
+
+
+def _hold_against_a_plain_loop(
+    workers: TwoWorkers,
+    divisions: tuple[dict[str, Any], ...],
+    target: Path,
+    examples: Path,
+    folder: Path,
+) -> None:
+    """The loss of every step and all last weights; both differ by rounding of float32 alone."""
+    packing = json.loads((target / "config.json").read_text())["model_type"] != "bloom"
     losses, wanted = plain(_task(target, examples, packing=packing))
     assert losses[-1] < losses[0]
     before = load_file(target / "model.safetensors")
-    more = MORE_DIVISIONS if (architecture, tied) == ("llama", True) else ()
-    for number, division in enumerate((*DIVISIONS, *more)):
+    for number, division in enumerate(divisions):
+        division = {**division, "num_workers": workers.count}
         task = _task(target, examples, packing=packing, **division)
-        output = tmp_path / str(number)
-        figures, _ = pair(run, task, output, output / "kept")
+        output = folder / str(number)
+        figures = workers(run, task, output, output / "kept")[0]
         found = [r["loss"] for r in read_metrics(output) if "loss" in r]
         assert found == pytest.approx(losses, rel=1e-4), division
         assert figures["steps"] == len(losses)

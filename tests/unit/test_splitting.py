@@ -65,11 +65,24 @@ def test_only_an_answer_that_is_too_long_alone_is_cut(tiny_tokenizer):
     assert (len(cut.input_ids_T), cut.num_turns) == (200, 6)
 
 
-def test_a_question_that_is_too_long_costs_its_own_round_alone(tiny_tokenizer):
-    first, second = chat(20).messages, (Message("user", "y" * 400), Message("assistant", "no"))
-    one = Conversation("c", (*first, *second, *first), "f")
-    parts = encode_parts(tiny_tokenizer, one, 200)
-    assert [bool(part.loss_mask_T.any()) for part in parts] == [True, False, True]
+@pytest.mark.parametrize("system", [False, True])
+def test_a_question_loses_its_beginning_before_an_answer_is_cut(tiny_tokenizer, system):
+    """An answer that fits alone is whole, whatever was asked; the question ends as it did."""
+    head = (Message("system", "be kind"),) if system else ()
+    first = chat(20).messages
+    for asked, answered in ((400, 2), (120, 100), (60, 130)):
+        question = Message("user", "".join(chr(97 + n % 26) for n in range(asked)))
+        round_ = (question, Message("assistant", "n" * answered))
+        one = Conversation("c", (*head, *first, *round_, *first), "f")
+        parts = encode_parts(tiny_tokenizer, one, 200)
+        assert [part.shortened for part in parts] == [False, True, False]
+        assert not any(part.cut for part in parts)
+        assert answers(tiny_tokenizer, parts[1]) == ["n" * answered]
+        text = tiny_tokenizer.decode(parts[1].input_ids_T)
+        assert question.content[-10:] + "<|im_end|>" in text
+        assert ("be kind" in text) == system
+        # No more than it takes, up to the few characters that a token may have.
+        assert 190 <= len(parts[1].input_ids_T) <= 200
 
 
 def test_tool_rounds_stay_together(tiny_tokenizer):
@@ -88,6 +101,14 @@ def test_tool_rounds_stay_together(tiny_tokenizer):
     parts = encode_parts(tiny_tokenizer, one, 290)
     assert [part.num_turns for part in parts] == [4, 2]
     assert answers(tiny_tokenizer, parts[0]) == ["call" * 20, "done" * 10]
+
+
+def test_of_a_tool_round_that_is_too_long_the_first_answers_stay(tiny_tokenizer):
+    call, result = Message("assistant", "call" * 20), Message("tool", "result" * 50)
+    one = Conversation("c", (Message("user", "q1"), call, result, *chat(9).messages[1:]), "f")
+    (part,) = encode_parts(tiny_tokenizer, one, 200)
+    assert (part.num_turns, part.cut, part.shortened) == (2, False, True)
+    assert answers(tiny_tokenizer, part) == ["call" * 20]
 
 
 def test_running_text_is_supervised_whole(tiny_tokenizer):

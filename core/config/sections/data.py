@@ -41,8 +41,9 @@ class DataConfig(Section):
     max_length: int = field(2048, "longest example, in tokens", ge=16)
     too_long: Literal["split", "cut"] = field(
         "split",
-        "conversations above max_length: split at turns into several examples, or cut; an answer "
-        "that is too long alone is cut in either case",
+        "conversations above max_length: cut at its end, or split at turns into several examples; "
+        "of these, a question that leaves its answer no room loses its beginning, and an answer "
+        "that is too long alone its end",
     )
     max_conversations: int | None = field(
         None, "take at most so many conversations, chosen by content hash; null takes all", ge=1
