@@ -6,10 +6,13 @@ import contextlib
 import errno
 import importlib.util
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from core.errors import InputError, ResourceError
 
@@ -75,20 +78,53 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 @contextlib.contextmanager
+def folder_written_aside(folder: Path, *, aside: Path | None = None) -> Iterator[Path]:
+    """A new folder to write in, which replaces `folder` at the end; on an error it vanishes.
+
+    Args:
+        folder: need not exist.
+        aside: where to write; by default beside it, under a name that hides it. What a killed
+            writer left there is deleted.
+    Raises:
+        ResourceError: the disk is full.
+    """
+    aside = aside or folder.with_name(f".{folder.name}{TEMPORARY}")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        with naming_a_full_disk(folder):
+            aside.mkdir(parents=True)
+            yield aside
+            shutil.rmtree(folder, ignore_errors=True)
+            aside.rename(folder)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+@contextlib.contextmanager
 def naming_a_full_disk(path: Path) -> Iterator[None]:
     """Turn a write that found no room into an error that says where and what to do.
 
     Raises:
-        ResourceError: in place of the OSError.
+        ResourceError: in place of the OSError, or of what safetensors makes of one.
     """
     try:
         yield
-    except OSError as error:
-        if error.errno not in FULL:
+    except (OSError, SafetensorError) as error:
+        number = _error_number(error)
+        if number not in FULL:
             raise
         there = next((p for p in path.parents if p.exists()), Path("."))
         free = shutil.disk_usage(there).free / 1e6
         raise ResourceError(
-            f"{path}: cannot be written ({error.strerror}), {free:.1f} MB are free in {there}; "
-            "free some space and run the same command again: it goes on from what is finished"
+            f"{path}: cannot be written ({os.strerror(number)}), {free:.1f} MB are free in "
+            f"{there}; free some space and run the same command again: it goes on from "
+            "what is finished"
         ) from error
+
+
+def _error_number(error: OSError | SafetensorError) -> int:
+    if isinstance(error, OSError):
+        return error.errno or 0
+    found = re.search(r"os error (\d+)", str(error))
+    return int(found[1]) if found else 0

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,7 @@ from core.draft.formats import ExportedHead, ExportTarget, ReadHead, read_head, 
 from core.draft.formats.aerie import AerieFormat
 from core.draft.formats.files import CONFIG, PICKLED, SAFETENSORS, TOKEN_MAP
 from core.errors import ConfigError, StageError
-from core.paths import naming_a_full_disk
+from core.paths import folder_written_aside
 
 # Aerie's own format, which no engine reads and `export_draft` writes all the same.
 OWN = AerieFormat.name
@@ -46,14 +44,9 @@ def export_head(
     if dtype != "same":
         _convert(head, getattr(torch, dtype))
     exported = form.export(head, target)
-    aside = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    with naming_a_full_disk(aside):
+    with folder_written_aside(folder) as aside:
         _write(aside, exported)
-    _check_same(head, read_head(aside).head, format_name)
-    shutil.rmtree(folder, ignore_errors=True)
-    aside.rename(folder)
+        _check_same(head, read_head(aside).head, format_name)
     return _report(
         folder,
         format_name,
@@ -80,8 +73,7 @@ def export_own(folder: Path, found: ReadHead, target: ExportTarget, dtype: str) 
         _convert(head, getattr(torch, dtype))
     layers = list(head.feature_layers(target.num_layers))
     record = {"target_fingerprint": target.fingerprint, "feature_layers": layers, **found.record}
-    with naming_a_full_disk(folder):
-        save_head(folder, head, record)
+    save_head(folder, head, record)
     _check_same(head, read_head(folder).head, OWN)
     return _report(folder, OWN, head, tensors=len(head.eagle_tensors()), run_with=OWN_RUN)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ from core.draft.formats.aerie import read_record as read_aerie_record
 from core.draft.formats.aerie import write
 from core.draft.formats.files import AERIE
 from core.errors import InputError, MismatchError
+from core.paths import folder_written_aside
 
 
 def save_head(folder: Path, head: DraftHead, record: dict[str, Any]) -> None:
@@ -25,12 +24,8 @@ def save_head(folder: Path, head: DraftHead, record: dict[str, Any]) -> None:
         head: weights are saved in their dtype.
         record: kept in `aerie.json` (`target_fingerprint`, training run, measurements).
     """
-    aside = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    write(aside, head, record)
-    shutil.rmtree(folder, ignore_errors=True)
-    aside.rename(folder)
+    with folder_written_aside(folder) as aside:
+        write(aside, head, record)
 
 
 def load_head(

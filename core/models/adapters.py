@@ -27,6 +27,7 @@ from core.config import FinetuneConfig
 from core.errors import ConfigError, InputError, MismatchError
 from core.models.target import quiet_transformers, target_fingerprint
 from core.models.weights import load_causal_lm
+from core.paths import folder_written_aside
 
 RECORD = "aerie.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -90,25 +91,25 @@ def save_adapters(
     """Write a peft folder; returns its bytes.
 
     Args:
-        folder: is made.
+        folder: replaced if it exists; appears whole or not at all.
         weights: of the adapters, by their names in the model.
         finetune: how they were made.
         target: folder of the model that they belong to.
         location: what it was called.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(
-        {name.replace(ADAPTER, ""): tensor.contiguous() for name, tensor in weights.items()},
-        folder / WEIGHTS,
-    )
     config = lora_config(finetune)
     config.base_model_name_or_path, config.inference_mode = location, True
     if not finetune.target_modules:
         names = {name.split(".lora_")[0].rsplit(".", 1)[-1] for name in weights}
         config.target_modules = names
-    config.save_pretrained(folder)
     record = {"target_fingerprint": target_fingerprint(target), "method": finetune.method}
-    (folder / RECORD).write_text(json.dumps(record, indent=2))
+    with folder_written_aside(folder) as aside:
+        save_file(
+            {name.replace(ADAPTER, ""): tensor.contiguous() for name, tensor in weights.items()},
+            aside / WEIGHTS,
+        )
+        config.save_pretrained(aside)
+        (aside / RECORD).write_text(json.dumps(record, indent=2))
     return sum(file.stat().st_size for file in folder.iterdir())
 
 

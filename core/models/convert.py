@@ -6,7 +6,6 @@ import contextlib
 import io
 import json
 import math
-import shutil
 import struct
 import sys
 from pathlib import Path
@@ -22,7 +21,7 @@ from core.models.adapters import PEFT_CONFIG, merge_adapters
 from core.models.folder import model_folder
 from core.models.target import quiet_transformers
 from core.models.tiny import save_tiny_target
-from core.paths import resolve_path
+from core.paths import folder_written_aside, resolve_path
 
 TINY_RANDOM = "tiny-random"
 
@@ -44,16 +43,13 @@ def convert(config: ConvertConfig, folder: Path, base: Path | None = None) -> di
     if base is not None:
         _merge(source_path(config), base, folder, getattr(torch, config.dtype))
         return _figures(folder)
-    aside = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(aside, ignore_errors=True)
     dtype: torch.dtype = getattr(torch, config.dtype)
     quiet_transformers()
-    if config.source == TINY_RANDOM:
-        save_tiny_target(aside, config.seed, dtype)
-    else:
-        _convert_gguf(source_path(config), aside, dtype)
-    shutil.rmtree(folder, ignore_errors=True)
-    aside.rename(folder)
+    with folder_written_aside(folder) as aside:
+        if config.source == TINY_RANDOM:
+            save_tiny_target(aside, config.seed, dtype)
+        else:
+            _convert_gguf(source_path(config), aside, dtype)
     return _figures(folder)
 
 

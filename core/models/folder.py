@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig
 
+from core.paths import folder_written_aside
+
 # What a model's folder has besides weights: tokenizer, template, generation settings.
 BESIDES = ("*.json", "*.jinja", "*.model", "*.txt")
 UNWANTED = (".safetensors.index.json",)
@@ -25,14 +27,10 @@ def model_folder(folder: Path, target: Path) -> Iterator[tuple[Path, torch.dtype
     Yields:
         Where to write config and weights, and the target's dtype, which is to be theirs.
     """
-    aside = folder.with_name(f".{folder.name}")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    for pattern in BESIDES:
-        for file in target.glob(pattern):
-            if not file.name.endswith(UNWANTED):
-                shutil.copyfile(file, aside / file.name)
-    dtype = AutoConfig.from_pretrained(target).get_text_config().dtype or torch.float32
-    yield aside, dtype
-    shutil.rmtree(folder, ignore_errors=True)
-    aside.rename(folder)
+    with folder_written_aside(folder) as aside:
+        for pattern in BESIDES:
+            for file in target.glob(pattern):
+                if not file.name.endswith(UNWANTED):
+                    shutil.copyfile(file, aside / file.name)
+        dtype = AutoConfig.from_pretrained(target).get_text_config().dtype or torch.float32
+        yield aside, dtype

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -35,7 +34,7 @@ from ray.train.v2.api.config import LoggingConfig
 
 from core.config import Config, TrainConfig
 from core.errors import ResourceError, StageError, UserError
-from core.paths import TEMPORARY, naming_a_full_disk, write_atomically
+from core.paths import TEMPORARY, folder_written_aside, write_atomically
 from core.progress import Progress, say
 from core.runtime.resources import check_placement
 from core.runtime.streaming import StreamBroken
@@ -269,18 +268,9 @@ def write_checkpoint(kept: Path, save: Callable[[Path], None]) -> None:
     Raises:
         ResourceError: the disk is full; nothing is left behind.
     """
-    # Of a killed worker: Ray Train knows of neither.
-    aside = kept.with_name(UNFINISHED)
-    for old in (aside, kept):
-        shutil.rmtree(old, ignore_errors=True)
-    try:
-        with naming_a_full_disk(kept):
-            aside.mkdir()
-            save(aside)
-            aside.rename(kept)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
+    # One name for all: what a killed worker has left, Ray Train does not know of.
+    with folder_written_aside(kept, aside=kept.with_name(UNFINISHED)) as folder:
+        save(folder)
 
 
 def mend_snapshot(run: Path, stage: str) -> None:

@@ -1,12 +1,27 @@
 from __future__ import annotations
 
 import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from core.errors import InputError, ResourceError
-from core.paths import resolve_path, write_atomically
+from core.paths import folder_written_aside, resolve_path, write_atomically
+
+
+@contextmanager
+def full_disk() -> Iterator[None]:
+    """A limit on the size of files stands for the disk: the same error from the same call."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def test_a_path_that_exists(tmp_path: Path) -> None:
@@ -51,18 +66,40 @@ def test_writing_replaces_whole_files_and_leaves_nothing_behind(tmp_path: Path) 
 
 
 def test_a_full_disk_is_named_and_nothing_is_left(tmp_path: Path) -> None:
-    """A limit on the size of files stands for the disk: the same error from the same call."""
     path = tmp_path / "run" / "shard"
     write_atomically(path, b"before")
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
-    try:
-        with pytest.raises(ResourceError, match=r"shard: cannot be written \(.*MB are free in "):
-            write_atomically(path, bytes(8192))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    said = pytest.raises(ResourceError, match=r"shard: cannot be written \(.*MB are free in ")
+    with full_disk(), said:
+        write_atomically(path, bytes(8192))
     assert path.read_bytes() == b"before"
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+    folder = tmp_path / "run" / "model"
+    for name in ("one", "two"):
+        with folder_written_aside(folder) as aside:
+            (aside / name).touch()
+    assert [path.name for path in folder.iterdir()] == ["two"]
+    # safetensors has an error of its own.
+    said = pytest.raises(ResourceError, match=r"model: cannot be written \(.*MB are free in ")
+    with full_disk(), said, folder_written_aside(folder) as aside:
+        save_file({"weight": np.zeros(2048)}, aside / "weights.safetensors")
+    stopped = pytest.raises(KeyboardInterrupt)
+    with stopped, folder_written_aside(folder) as aside:
+        (aside / "three").touch()
+        raise KeyboardInterrupt
+    assert [path.name for path in folder.iterdir()] == ["two"]
+    assert list(folder.parent.iterdir()) == [folder]
+
+
+def test_what_a_killed_writer_left_is_no_part_of_the_next_folder(tmp_path: Path) -> None:
+    left = tmp_path / ".model.tmp"
+    left.mkdir()
+    (left / "half").touch()
+    with folder_written_aside(tmp_path / "model") as aside:
+        (aside / "whole").touch()
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["model", "whole"]
 
 
 def test_other_failures_to_write_stay_what_they_are(tmp_path: Path) -> None:
