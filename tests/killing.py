@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 
-from core.runtime.workers import SNAPSHOT
+from core.runtime.checkpoints import SNAPSHOT
 from core.tracking import read_metrics
 
 PATIENCE_SECONDS = 900

@@ -6,11 +6,10 @@ name of its run are always the same, so that a new driver goes on where a killed
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,8 +33,8 @@ from ray.train.v2.api.config import LoggingConfig
 
 from core.config import Config, TrainConfig
 from core.errors import ResourceError, StageError, UserError
-from core.paths import TEMPORARY, folder_written_aside, write_atomically
 from core.progress import Progress, say
+from core.runtime.checkpoints import mend_snapshot, write_checkpoint
 from core.runtime.resources import check_placement
 from core.runtime.streaming import StreamBroken
 from core.runtime.watching import Watcher
@@ -44,10 +43,7 @@ from core.train.evaluation import ACCEPTED_LENGTH
 from core.train.memory import is_out_of_memory
 
 STORAGE = "ray_train"
-SNAPSHOT = "checkpoint_manager_snapshot.json"
 FAILURES = "failures.jsonl"
-# A checkpoint that is being written.
-UNFINISHED = f".checkpoint{TEMPORARY}"
 SECONDS_BETWEEN_LOOKS = 1.0
 # After which a run of fewer workers than it might have looks for nodes.
 SECONDS_BETWEEN_RESIZES = 15.0
@@ -260,60 +256,6 @@ class RayHost:
             checkpoint_dir_name=name,
             checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,
         )
-
-
-def write_checkpoint(kept: Path, save: Callable[[Path], None]) -> None:
-    """Have `save` fill a folder, which has its name once it is whole.
-
-    Raises:
-        ResourceError: the disk is full; nothing is left behind.
-    """
-    # One name for all: what a killed worker has left, Ray Train does not know of.
-    with folder_written_aside(kept, aside=kept.with_name(UNFINISHED)) as folder:
-        save(folder)
-
-
-def mend_snapshot(run: Path, stage: str) -> None:
-    """Make Ray Train's list of checkpoints one that it starts with, whatever has become of them.
-
-    It would refuse for ever a list that a kill cut off while it was being written, and one that
-    names a checkpoint which the user has removed because it was damaged.
-    """
-    snapshot = run / SNAPSHOT
-    try:
-        content: dict[str, Any] = json.loads(snapshot.read_text())
-    except FileNotFoundError:
-        return
-    except ValueError:
-        say(stage, f"warning: {snapshot} was cut off; training starts from the first step")
-        snapshot.unlink()
-        return
-    names = [result["checkpoint_dir_name"] for result in content["checkpoint_results"]]
-    missing = [name for name in names if not (run / name).exists()]
-    if not missing:
-        return
-    gone = f"warning: {', '.join(missing)} of {run} was removed; training"
-    if len(missing) == len(names):
-        say(stage, f"{gone} starts from the first step")
-        snapshot.unlink()
-        return
-    _forget(content, missing)
-    say(stage, f"{gone} goes on from {content['checkpoint_results'][-1]['checkpoint_dir_name']}")
-    write_atomically(snapshot, json.dumps(content).encode())
-
-
-def _forget(content: dict[str, Any], names: Sequence[str]) -> None:
-    """Take checkpoints out of Ray Train's list; some are left."""
-    results, indices = content["checkpoint_results"], content["checkpoint_report_indices"]
-    kept = [
-        (result, index)
-        for result, index in zip(results, indices, strict=True)
-        if result["checkpoint_dir_name"] not in names
-    ]
-    content["checkpoint_results"] = [result for result, _ in kept]
-    content["checkpoint_report_indices"] = [index for _, index in kept]
-    # They stand in the order in which they were reported.
-    content["latest_checkpoint_result"] = kept[-1][0]
 
 
 def explain(error: Exception, advice: str) -> Exception:

@@ -24,7 +24,7 @@ from ray.train.v2.api.exceptions import WorkerGroupError
 
 from core.config import Config
 from core.errors import ConfigError, InputError, ResourceError, StageError, UserError
-from core.runtime import workers
+from core.runtime import checkpoints, workers
 from core.runtime.streaming import StreamBroken
 from core.tracking import append_json_line, read_json_lines
 from core.train.tensor_file import float32_file
@@ -58,14 +58,14 @@ def test_resources_are_those_of_all_workers(tmp_path: Path) -> None:
 def test_a_whole_snapshot_stays_and_a_broken_one_goes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    workers.mend_snapshot(tmp_path, "train_draft")
-    snapshot = tmp_path / workers.SNAPSHOT
+    checkpoints.mend_snapshot(tmp_path, "train_draft")
+    snapshot = tmp_path / checkpoints.SNAPSHOT
     snapshot.write_text('{"checkpoint_results": []}')
-    workers.mend_snapshot(tmp_path, "train_draft")
+    checkpoints.mend_snapshot(tmp_path, "train_draft")
     assert snapshot.exists()
     assert not capsys.readouterr().out
     snapshot.write_text('{"checkpoint_res')
-    workers.mend_snapshot(tmp_path, "train_draft")
+    checkpoints.mend_snapshot(tmp_path, "train_draft")
     assert not snapshot.exists()
     assert "was cut off" in capsys.readouterr().out
 
@@ -91,7 +91,7 @@ def _run_of_three(folder: Path) -> StorageContext:
         "timed_out_validation_checkpoint_dir_names": [],
         "failed_validation_checkpoint_dir_names": [],
     }
-    (folder / "draft" / workers.SNAPSHOT).write_text(json.dumps(state))
+    (folder / "draft" / checkpoints.SNAPSHOT).write_text(json.dumps(state))
     return storage
 
 
@@ -114,7 +114,7 @@ def test_ray_train_goes_on_without_removed_checkpoints(
     storage = _run_of_three(tmp_path)
     for step in removed:
         (tmp_path / "draft" / f"step-{step:08d}").rmdir()
-    workers.mend_snapshot(tmp_path / "draft", "train_draft")
+    checkpoints.mend_snapshot(tmp_path / "draft", "train_draft")
     assert re.search(said, capsys.readouterr().out)
     manager = CheckpointManager(CheckpointConfig(num_to_keep=3), storage)
     found = manager.latest_checkpoint_result
@@ -124,7 +124,7 @@ def test_ray_train_goes_on_without_removed_checkpoints(
 
 def test_a_checkpoint_has_its_name_once_it_is_whole(tmp_path: Path) -> None:
     kept = tmp_path / "step-00000010"
-    for left in (kept, tmp_path / workers.UNFINISHED):
+    for left in (kept, tmp_path / checkpoints.UNFINISHED):
         left.mkdir()
         (left / "of a killed worker").touch()
 
@@ -132,7 +132,7 @@ def test_a_checkpoint_has_its_name_once_it_is_whole(tmp_path: Path) -> None:
         assert not (kept / "state.json").exists()
         (folder / "state.json").write_text("{}")
 
-    workers.write_checkpoint(kept, save)
+    checkpoints.write_checkpoint(kept, save)
     assert list(tmp_path.iterdir()) == [kept]
     assert [file.name for file in kept.iterdir()] == ["state.json"]
 
@@ -143,7 +143,7 @@ def test_a_full_disk_is_named_and_leaves_no_checkpoint(tmp_path: Path) -> None:
         FULL_DISK.write_text("weights")
 
     with pytest.raises(ResourceError, match=r"step-00000010: cannot be written \(No space left"):
-        workers.write_checkpoint(tmp_path / "step-00000010", save)
+        checkpoints.write_checkpoint(tmp_path / "step-00000010", save)
     assert not list(tmp_path.iterdir())
 
 
