@@ -316,4 +316,5 @@ def _load(config: Config) -> SpeculativeDecoder:
     loaded = load_decoder(config, num_threads=max(1, int(config.serve.cpus_per_replica)))
     if loaded.calibration is not None:
         say("serve", f"draft tree: {loaded.calibration.plan.total_tokens} nodes")
+    loaded.decoder.occupy_memory()
     return loaded.decoder

@@ -33,7 +33,7 @@ from core.decode.sampling import SamplingSettings
 from core.decode.scheduler import Scheduler
 from core.decode.tree import PLAIN, DraftTree, TreePlan
 from core.draft.base import DraftHead
-from core.errors import ConfigError, InputError
+from core.errors import BusyError, ConfigError, InputError
 from core.models.ragged import use_ragged_attention
 from core.models.target import Target
 
@@ -157,6 +157,24 @@ class SpeculativeDecoder:
         """Give all requests up and forget what was computed, as after a round that failed."""
         self.scheduler = Scheduler(self.config, self._move)
         self._untold = []
+
+    @torch.inference_mode()
+    def occupy_memory(self) -> None:
+        """Decode a token, and have memory behind all of the caches.
+
+        On CPU a row takes memory when it is written first. A server had better have all it will
+        ever need when it starts: what does not fit shows there, and not under load.
+
+        Raises:
+            BusyError: requests are at work, whose rows would be lost.
+        """
+        if self.busy:
+            raise BusyError("the caches are in use; occupy their memory before the first request")
+        for _ in self.generate([0], max_new_tokens=1, temperature=0, plan=PLAIN):
+            pass
+        self._cache.occupy()
+        if isinstance(self.drafter, HeadDrafter):
+            self.drafter.cache.joint.zero_()
 
     @property
     def busy(self) -> bool:

@@ -110,6 +110,11 @@ class _Layer(DynamicLayer):
         """Of no meaning here: positions are always given."""
         return 0
 
+    def occupy(self) -> None:
+        """Write all rows, so that they are resident."""
+        for rows in (self.keys, self.values):
+            rows.zero_()
+
     def move(self, source_N: Tensor, target_N: Tensor) -> None:
         """Copy rows onto others; all are read before the first is written."""
         source_N, target_N = source_N.to(self.device), target_N.to(self.device)
@@ -150,6 +155,13 @@ class RowCache(Cache):
             if not layer.is_initialized:
                 layer.reserve_joint(like, heads, size)
         return [layer.joint for layer in self._slots]
+
+    @torch.inference_mode()
+    def occupy(self) -> None:
+        """Have memory behind all rows, which are lost, of layers that have been written to."""
+        for layer in self._slots:
+            if layer.is_initialized:
+                layer.occupy()
 
     def will_write(self, rows_N: Tensor) -> None:
         """Where the next pass puts its tokens, int64 [N]."""

@@ -8,11 +8,18 @@ the plain layer stays as fallback and reference (`target.pack_linear=false`).
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
+# torch keeps a description, and oneDNN a kernel, of every number of tokens that a layer has had:
+# 0.7 MB each, a thousand by default, which a server whose batches change collects within minutes.
+# These many take a quarter of that, and making one anew 2 ms. Read at the first product.
+os.environ.setdefault("LRU_CACHE_CAPACITY", "256")
+# A product is two of these.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "512")
 # Layers of an attention that read the same.
 SHARING = ("q_proj", "k_proj", "v_proj")
 

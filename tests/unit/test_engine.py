@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import random
+import resource
 import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -389,3 +391,31 @@ def test_rows_of_another_text_and_of_its_beginning_are_told_apart(
     del sizes[:]
     _run(off, [Request(prompt, 6)])
     assert sizes[0] == len(prompt) and off.scheduler.space.num_free == 16384
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads resident memory from /proc")
+def test_memory_of_the_caches_is_taken_when_asked(
+    tiny_target: Target, tiny_target_folder: Path, answers: dict[Text, Text]
+) -> None:
+    """All of it, no more of it later, and with the same answers."""
+    rows = 200_000
+    head = random_head(tiny_target, tiny_target_folder)
+    decoder = SpeculativeDecoder(tiny_target, head, DecodeConfig(cache_tokens=rows))
+    before = _resident_bytes()
+    decoder.occupy_memory()
+    text = tiny_target.model.config
+    a_row = 2 * text.num_key_value_heads * text.head_dim * 4
+    wanted = rows * a_row * text.num_hidden_layers + head.new_cache(rows).joint.nbytes
+    assert _resident_bytes() - before > 0.95 * wanted > 5e7
+    requests = [Request(prompt, LONGEST) for prompt in answers]
+    taken = _resident_bytes()
+    found = _run(decoder, requests)
+    assert found == [_cut(one, LONGEST, decoder.target.eos_token_ids) for one in answers.values()]
+    assert _resident_bytes() - taken < 0.3 * wanted
+    decoder.submit(requests[0])
+    with pytest.raises(BusyError, match="in use"):
+        decoder.occupy_memory()
+
+
+def _resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -119,3 +122,31 @@ def test_layers_that_do_not_share_an_input_are_packed_alone() -> None:
     module = nn.ModuleDict({name: nn.Linear(size, 4) for name, size in sizes.items()})
     assert pack_linears(module) == 3
     assert all(type(module[name]) is PackedLinear for name in sizes)
+
+
+# In a process of its own: how much is kept is settled at the first product.
+GROWTH_MB = """
+import torch
+from core.models.packed import PackedLinear
+
+def resident_mb():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * 4096 / 1e6
+
+layer, found = PackedLinear(torch.randn(64, 64)), []
+for tokens in range(1, 901):
+    layer(torch.randn(tokens, 64))
+    if tokens in (300, 900):
+        found.append(resident_mb())
+print(found[1] - found[0])
+"""
+
+
+@pytest.mark.skipif(not can_pack(torch.zeros(2, 2)), reason="this torch packs nothing")
+@pytest.mark.skipif(sys.platform != "linux", reason="reads resident memory from /proc")
+def test_other_numbers_of_tokens_do_not_use_up_memory() -> None:
+    """As torch comes, these 600 would keep some 400 MB."""
+    run = subprocess.run(
+        [sys.executable, "-c", GROWTH_MB], capture_output=True, text=True, check=True
+    )
+    assert float(run.stdout) < 150
