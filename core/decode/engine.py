@@ -175,6 +175,8 @@ class SpeculativeDecoder:
         self._cache.occupy()
         if isinstance(self.drafter, HeadDrafter):
             self.drafter.cache.joint.zero_()
+        # Rows that others might have begun with are lost.
+        self.reset()
 
     @property
     def busy(self) -> bool:
