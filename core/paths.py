@@ -81,6 +81,8 @@ def write_atomically(path: Path, content: bytes) -> None:
 def folder_written_aside(folder: Path, *, aside: Path | None = None) -> Iterator[Path]:
     """A new folder to write in, which replaces `folder` at the end; on an error it vanishes.
 
+    For one writer at a time, as a run's lock has it.
+
     Args:
         folder: need not exist.
         aside: where to write; by default beside it, under a name that hides it. What a killed
@@ -94,11 +96,27 @@ def folder_written_aside(folder: Path, *, aside: Path | None = None) -> Iterator
         with naming_a_full_disk(folder):
             aside.mkdir(parents=True)
             yield aside
-            shutil.rmtree(folder, ignore_errors=True)
-            aside.rename(folder)
+            _take_place(aside, folder)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
+
+
+def _take_place(new: Path, folder: Path) -> None:
+    """Rename a folder to one that may exist, which is not lost before the new one is there."""
+    old = folder.with_name(f".{folder.name}.old{TEMPORARY}")
+    shutil.rmtree(old, ignore_errors=True)
+    if not folder.exists():
+        new.rename(folder)
+        return
+    folder.rename(old)
+    try:
+        new.rename(folder)
+    except BaseException:
+        old.rename(folder)
+        raise
+    # Some of it may still be open on a network file system.
+    shutil.rmtree(old, ignore_errors=True)
 
 
 @contextlib.contextmanager

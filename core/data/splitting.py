@@ -2,15 +2,17 @@
 
 A round is a question and all that answers it. Each part of a long conversation holds as many
 whole rounds as fit, and the system message in front of them. Of a round that is too long alone,
-answers stay whole as long as they can: the question loses its beginning, then later answers go.
+answers stay whole: the question loses its beginning, and answers behind those that fit are left
+out. An answer that is too long alone loses its end.
 """
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -31,7 +33,8 @@ class Part:
         loss_mask_T: uint8 [T]; all zero if the first answer starts behind max_length.
         num_turns: messages that went into it.
         cut: whether tokens at its end were left out.
-        shortened: whether some of a round was left out for an answer to stay whole.
+        shortened: whether a question lost its beginning.
+        left_out: answers of a long round that are in no part.
     """
 
     input_ids_T: Ids
@@ -39,6 +42,7 @@ class Part:
     num_turns: int
     cut: bool
     shortened: bool = False
+    left_out: int = 0
 
 
 def encode_parts(
@@ -82,45 +86,73 @@ def encode_parts(
             end -= 1
         part = Part(ids[:max_length], mask[:max_length], len(chosen), len(ids) > max_length)
         if part.cut:
-            part = _with_whole_answers(tokenizer, chosen, max_length) or part
+            part = _LongRound(tokenizer, chosen).part(max_length) or part
         parts.append(part)
         first = end
     return parts
 
 
-def _with_whole_answers(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], max_length: int
-) -> Part | None:
-    """Of a round that is too long, as many answers as fit whole; None if the first does not."""
-    ends = [n for n, message in enumerate(messages, start=1) if message.role == "assistant"]
-    for end in reversed(ends):
-        fitting = _with_shorter_question(tokenizer, messages[:end], max_length)
-        if fitting is not None:
-            return fitting
-    return None
+@dataclass(frozen=True)
+class _LongRound:
+    """A round that is too long for a part, with the system message if there is one."""
 
+    tokenizer: PreTrainedTokenizerBase
+    messages: Sequence[Message]
 
-def _with_shorter_question(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], max_length: int
-) -> Part | None:
-    """A round without as much of its question's beginning as it takes; None if not all is enough.
+    @cached_property
+    def ends(self) -> list[int]:
+        """Numbers of messages up to each answer."""
+        return [n for n, one in enumerate(self.messages, start=1) if one.role == "assistant"]
 
-    The end is kept, as what the answer follows on. By characters, for which any tokenizer will do.
-    """
-    asked = next((n for n, message in enumerate(messages) if message.role == "user"), None)
-    if asked is None:
-        return None
-    question, content = messages[asked], messages[asked].content
-    characters_a_token = len(content) / max(1, len(tokenizer(content)["input_ids"]))
-    while content:
-        shorter = dataclasses.replace(question, content=content)
-        chosen = (*messages[:asked], shorter, *messages[asked + 1 :])
-        ids, mask = encode_conversation(tokenizer, chosen, WHOLE)
-        over = len(ids) - max_length
-        if over <= 0:
-            return Part(ids, mask, len(chosen), cut=False, shortened=True)
-        content = content[math.ceil(over * characters_a_token) :].lstrip()
-    return None
+    @cached_property
+    def asked(self) -> int | None:
+        """Where the question is; a conversation may begin with an answer."""
+        roles = [message.role for message in self.messages]
+        return roles.index("user") if "user" in roles else None
+
+    @cached_property
+    def last(self) -> int:
+        """The question's last character: so much of it is always left."""
+        return 0 if self.asked is None else max(0, len(self.messages[self.asked].content) - 1)
+
+    def part(self, max_length: int) -> Part | None:
+        """As many answers as fit whole, else the first one's beginning; None if there are none."""
+        if not self.ends:
+            return None
+        count = bisect.bisect_left(
+            self.ends, True, key=lambda end: len(self.encode(end, self.last)[0]) > max_length
+        )
+        if not count:
+            return self._begun_answer(max_length)
+        end = self.ends[count - 1]
+        start = bisect.bisect_left(
+            range(self.last), True, key=lambda start: len(self.encode(end, start)[0]) <= max_length
+        )
+        ids, mask = self.encode(end, start)
+        return Part(ids, mask, end, False, start > 0, len(self.ends) - count)
+
+    def _begun_answer(self, max_length: int) -> Part:
+        """The first answer without its end, behind a question that leaves it half of the room."""
+        end, start = self.ends[0], 0
+        ids, mask = self.encode(end, start)
+        if not mask[:max_length].any():
+            half = max_length // 2
+            start = bisect.bisect_left(
+                range(self.last),
+                True,
+                key=lambda start: bool(self.encode(end, start)[1][:half].any()),
+            )
+            ids, mask = self.encode(end, start)
+        ids, mask = ids[:max_length], mask[:max_length]
+        return Part(ids, mask, end, True, start > 0, len(self.ends) - 1)
+
+    def encode(self, end: int, start: int) -> tuple[Ids, Mask]:
+        """Messages up to some end, the question from some character on."""
+        chosen = list(self.messages[:end])
+        if self.asked is not None:
+            question = chosen[self.asked]
+            chosen[self.asked] = dataclasses.replace(question, content=question.content[start:])
+        return encode_conversation(self.tokenizer, chosen, WHOLE)
 
 
 def _text_parts(

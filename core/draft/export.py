@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -114,13 +115,20 @@ def _convert(head: DraftHead, dtype: torch.dtype) -> None:
 def _write(folder: Path, exported: ExportedHead) -> None:
     tensors = {name: tensor.cpu().contiguous() for name, tensor in exported.tensors.items()}
     if exported.pickled:
-        torch.save(tensors, folder / PICKLED)
+        _save(tensors, folder / PICKLED)
     else:
         # Engines built on transformers want to be told which framework wrote it.
         save_file(tensors, folder / SAFETENSORS, metadata={"format": "pt"})
     if exported.token_map_W is not None:
-        torch.save(exported.token_map_W, folder / TOKEN_MAP)
+        _save(exported.token_map_W, folder / TOKEN_MAP)
     (folder / CONFIG).write_text(json.dumps(dict(exported.config), indent=2) + "\n")
+
+
+def _save(content: Any, path: Path) -> None:
+    # By way of memory: of a full disk, torch.save into a file makes an error of another kind.
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    path.write_bytes(buffer.getbuffer())
 
 
 def _check_same(head: DraftHead, again: DraftHead, format_name: str) -> None:

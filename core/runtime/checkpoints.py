@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,9 @@ def write_checkpoint(kept: Path, save: Callable[[Path], None]) -> None:
     Raises:
         ResourceError: the disk is full; nothing is left behind.
     """
-    # One name for all: what a killed worker has left, Ray Train does not know of.
+    # Of a killed worker: it is not in Ray Train's list, and takes up room.
+    shutil.rmtree(kept, ignore_errors=True)
+    # One name for all, so that what a killed worker has left goes too.
     with folder_written_aside(kept, aside=kept.with_name(UNFINISHED)) as folder:
         save(folder)
 

@@ -35,6 +35,7 @@ ENCODED_SCHEMA = pa.schema(
         ("num_turns", pa.list_(pa.int32())),
         ("cut", pa.list_(pa.bool_())),
         ("shortened", pa.list_(pa.bool_())),
+        ("left_out", pa.list_(pa.int32())),
         ("questions", pa.list_(pa.binary())),
         # Of held-out conversations, for their prompts.
         ("messages", pa.large_string()),
@@ -131,6 +132,7 @@ def encode_row(
         "num_turns": [part.num_turns for part in parts],
         "cut": [part.cut for part in parts],
         "shortened": [part.shortened for part in parts],
+        "left_out": [part.left_out for part in parts],
         "questions": questions_of(conversation),
         "messages": row["messages"] if held_out else None,
         "prompt_lengths": [len(encode_prompt(tokenizer, prompt.messages)) for prompt in prompts],

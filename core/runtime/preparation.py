@@ -199,8 +199,9 @@ def _write(
     pool = PromptPool(aside / "candidates.jsonl", data.prompt_tokens)
     split_up = {
         "conversations_split": 0,
-        "rounds_shortened": 0,
+        "questions_shortened": 0,
         "answers_cut": 0,
+        "answers_left_out": 0,
         "parts_without_answer": 0,
     }
     late = to_learn = 0
@@ -217,7 +218,8 @@ def _write(
                 to_learn += row["kind"] != "prompt"
                 late += not examples and row["kind"] != "prompt"
                 split_up["conversations_split"] += len(row["input_ids"]) > 1
-                split_up["rounds_shortened"] += sum(row["shortened"])
+                split_up["questions_shortened"] += sum(row["shortened"])
+                split_up["answers_left_out"] += sum(row["left_out"])
                 split_up["answers_cut"] += sum(row["cut"])
                 split_up["parts_without_answer"] += len(row["input_ids"]) - len(examples)
     for writer in writers.values():

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -91,6 +92,22 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
         raise KeyboardInterrupt
     assert [path.name for path in folder.iterdir()] == ["two"]
     assert list(folder.parent.iterdir()) == [folder]
+
+
+def test_what_cannot_be_replaced_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, rename = tmp_path / "model", Path.rename
+    with folder_written_aside(folder) as aside:
+        (aside / "old").touch()
+
+    def busy(path: Path, target: Path) -> Path:
+        if path.name == ".model.tmp":
+            raise OSError(errno.EBUSY, "busy")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", busy)
+    with pytest.raises(OSError, match="busy"), folder_written_aside(folder) as aside:
+        (aside / "new").touch()
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["model", "old"]
 
 
 def test_what_a_killed_writer_left_is_no_part_of_the_next_folder(tmp_path: Path) -> None:

@@ -107,8 +107,50 @@ def test_of_a_tool_round_that_is_too_long_the_first_answers_stay(tiny_tokenizer)
     call, result = Message("assistant", "call" * 20), Message("tool", "result" * 50)
     one = Conversation("c", (Message("user", "q1"), call, result, *chat(9).messages[1:]), "f")
     (part,) = encode_parts(tiny_tokenizer, one, 200)
-    assert (part.num_turns, part.cut, part.shortened) == (2, False, True)
+    assert (part.num_turns, part.cut, part.shortened, part.left_out) == (2, False, False, 1)
     assert answers(tiny_tokenizer, part) == ["call" * 20]
+
+
+def test_an_answer_that_is_too_long_keeps_its_beginning_whatever_was_asked(tiny_tokenizer):
+    one = Conversation("c", (Message("user", "y" * 400), Message("assistant", "n" * 500)), "f")
+    (part,) = encode_parts(tiny_tokenizer, one, 200)
+    assert (part.cut, part.shortened, len(part.input_ids_T)) == (True, True, 200)
+    assert 100 <= int(part.loss_mask_T.sum()) < 120
+
+
+SCRIPTS = (
+    "the quick brown fox ",
+    "def f(x):\n    return x\n",
+    "\u6211\u5011\u4eca\u5929",
+    "\U0001f600 ",
+    "  \n",
+)
+
+
+def test_answers_are_whole_wherever_one_character_is_asked_enough(smollm2_tokenizer):
+    """Random rounds in scripts of very different numbers of characters a token."""
+    rng = random.Random(11)
+
+    def text(longest):
+        pieces = (rng.choice(SCRIPTS) * rng.randrange(1, 60) for _ in range(rng.randrange(1, 5)))
+        return ("".join(pieces)[: rng.randrange(1, longest)]).strip() or "x"
+
+    seen = set()
+    for _ in range(60):
+        question, answer = Message("user", text(3000)), Message("assistant", text(700))
+        limit = rng.randrange(60, 400)
+        (part,) = encode_parts(smollm2_tokenizer, Conversation("c", (question, answer), "f"), limit)
+        least = encode_conversation(
+            smollm2_tokenizer, (Message("user", question.content[-1:]), answer), LONG
+        )[0]
+        assert part.cut == (len(least) > limit)
+        assert part.loss_mask_T.any() and len(part.input_ids_T) <= limit
+        seen.add((part.cut, part.shortened))
+        if not part.cut:
+            assert answers(smollm2_tokenizer, part) == [answer.content]
+            # The rest of what was asked would not have fitted.
+            assert not part.shortened or len(part.input_ids_T) > limit - 8
+    assert len(seen) == 4
 
 
 def test_running_text_is_supervised_whole(tiny_tokenizer):

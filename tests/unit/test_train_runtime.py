@@ -129,7 +129,7 @@ def test_a_checkpoint_has_its_name_once_it_is_whole(tmp_path: Path) -> None:
         (left / "of a killed worker").touch()
 
     def save(folder: Path) -> None:
-        assert not (kept / "state.json").exists()
+        assert not kept.exists()
         (folder / "state.json").write_text("{}")
 
     checkpoints.write_checkpoint(kept, save)

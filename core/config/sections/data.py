@@ -42,8 +42,8 @@ class DataConfig(Section):
     too_long: Literal["split", "cut"] = field(
         "split",
         "conversations above max_length: cut at its end, or split at turns into several examples; "
-        "of these, a question that leaves its answer no room loses its beginning, and an answer "
-        "that is too long alone its end",
+        "of these, a question that leaves its answer no room loses its beginning, an answer that "
+        "is too long alone its end, and a round the answers behind the last that fits",
     )
     max_conversations: int | None = field(
         None, "take at most so many conversations, chosen by content hash; null takes all", ge=1
