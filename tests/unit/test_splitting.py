@@ -118,6 +118,15 @@ def test_an_answer_that_is_too_long_keeps_its_beginning_whatever_was_asked(tiny_
     assert 100 <= int(part.loss_mask_T.sum()) < 120
 
 
+def test_a_system_message_that_is_too_long_leaves_nothing_to_learn(tiny_tokenizer):
+    system = Message("system", "be kind " * 50)
+    one = Conversation("c", (system, *chat(20, 30).messages), "f")
+    parts = encode_parts(tiny_tokenizer, one, 200)
+    assert [(len(part.input_ids_T), int(part.loss_mask_T.sum())) for part in parts] == [
+        (200, 0)
+    ] * 2
+
+
 SCRIPTS = (
     "the quick brown fox ",
     "def f(x):\n    return x\n",
