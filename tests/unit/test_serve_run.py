@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import socket
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from core.paths import resolve_path
 from core.runtime.conversion import with_converted_target
 from core.runtime.load.servers import free_port
 from serve import run
-from serve.app import build_app
+from serve.checks import check, check_port
 
 CONFIG = Path(__file__).parents[2] / "configs" / "serve_smollm2.yaml"
 HEAD = Path(__file__).parents[2] / "serve" / "heads" / "smollm2-135m-instruct"
@@ -42,7 +41,7 @@ def test_the_target_is_made_first_and_once(
         assert run.main(arguments) == 2
         shown = capsys.readouterr()
         assert said in shown.out and "draft.path=nowhere" in shown.err
-    checked = run.check(with_converted_target(Config.model_validate(
+    checked = check(with_converted_target(Config.model_validate(
         {"output": "made", "convert": {"source": "tiny-random"}}
     )))  # fmt: skip
     assert checked.target.path == str(tmp_path / "made" / "model")
@@ -72,7 +71,7 @@ def test_a_head_in_a_package_stays_an_address(
     (package / "__init__.py").touch()
     monkeypatch.syspath_prepend(target.parent)
     config = load_config(None, [f"target.path={target}", "draft.path=pkg://some_package/head"])
-    assert run.check(config).draft.path == "pkg://some_package/head"
+    assert check(config).draft.path == "pkg://some_package/head"
 
 
 def test_the_published_head_goes_with_the_code() -> None:
@@ -103,28 +102,18 @@ def test_an_unknown_key(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_paths_become_absolute(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(target.parent)
-    checked = run.check(Config().replace(target={"path": "target"}))
+    checked = check(Config().replace(target={"path": "target"}))
     assert checked.target.path == str(target)
     assert checked.draft.path is None
 
 
 def test_a_port_that_is_taken() -> None:
-    run.check_port("127.0.0.1", free := free_port())
+    check_port("127.0.0.1", free := free_port())
     with (
         socket.create_server(("127.0.0.1", free)),
         pytest.raises(ValueError, match=rf"serve\.port={free}: cannot listen"),
     ):
-        run.check_port("127.0.0.1", free)
-
-
-def test_fewer_replicas_at_most_than_at_least() -> None:
-    with pytest.raises(ValueError, match=r"serve\.max_replicas=1 is below serve\.replicas=2"):
-        build_app(Config().replace(serve={"replicas": 2}))
-
-
-def test_serve_yaml_is_checked_against_the_schema() -> None:
-    # By this annotation Ray Serve turns the `args` of its YAML into a config.
-    assert inspect.signature(build_app).parameters["args"].annotation is Config
+        check_port("127.0.0.1", free)
 
 
 def test_help_names_the_settings(capsys: pytest.CaptureFixture[str]) -> None:
@@ -150,7 +139,7 @@ def deployed(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
 
 
 def test_a_new_configuration_is_taken(target: Path, deployed: list[Config]) -> None:
-    old = run.check(Config().replace(target={"path": str(target)}))
+    old = check(Config().replace(target={"path": str(target)}))
     new = old.replace(decode={"batch_size": 2})
     assert run._renewed(old, lambda: new) == new
     assert deployed == [new]
@@ -171,7 +160,7 @@ def test_one_that_cannot_be_used_is_not(
     changes: dict[str, Any],
     said: str,
 ) -> None:
-    old = run.check(Config().replace(target={"path": str(target)}))
+    old = check(Config().replace(target={"path": str(target)}))
     assert run._renewed(old, lambda: old.replace(**changes)) == old
     assert deployed == []
     shown = capsys.readouterr().out
@@ -181,7 +170,7 @@ def test_one_that_cannot_be_used_is_not(
 def test_one_that_does_not_start_is_taken_back(
     target: Path, deployed: list[Config], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    old = run.check(Config().replace(target={"path": str(target)}))
+    old = check(Config().replace(target={"path": str(target)}))
     broken = old.replace(serve={"model_name": "broken"})
     assert run._renewed(old, lambda: broken) == old
     assert deployed == [broken, old]
