@@ -90,7 +90,7 @@ class Config(Section):
             changes[name] = {**values, "serve": serve}
         return self.replace(serve={"models": changes})
 
-    def _served(self, name: str, changes: Mapping[str, Any]) -> Config:
+    def _served(self, name: str, changes: Mapping[Any, Any]) -> Config:
         serve = {**changes.get("serve", {}), "model_name": name, "models": {}}
         try:
             return self.replace(**{**changes, "serve": serve})

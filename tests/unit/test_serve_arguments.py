@@ -7,14 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
 from ray.serve._private.build_app import build_app as built_by_serve
 from ray.serve.exceptions import RayServeException
+from ray.serve.schema import ServeDeploySchema
 
-from core.config import Config
+from core.config import Config, load_config
 from core.models.tiny import save_tiny_target
 from serve.app import application, build_app
 from serve.arguments import Arguments
+
+DEPLOYED = sorted((Path(__file__).parents[2] / "configs").glob("serve_deploy_*.yaml"))
 
 
 @pytest.fixture
@@ -71,6 +75,18 @@ def test_what_is_wrong_is_said_as_serve_shows_it(given: dict[str, Any], said: st
     with pytest.raises(RayServeException) as caught:
         call_user_app_builder_with_args_if_necessary(build_app, given)
     assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("path", DEPLOYED, ids=lambda path: path.stem)
+def test_the_files_for_serve_deploy_fit_both_schemas(path: Path) -> None:
+    (app,) = ServeDeploySchema.model_validate(yaml.safe_load(path.read_text())).applications
+    assert app.import_path == "serve.app:build_app"
+    found = Arguments.model_validate(app.args)
+    # What it serves is what `aerie serve` does.
+    wanted = load_config(str(path.with_stem(path.stem.replace("deploy_", ""))))
+    sections = ("convert", "target", "draft", "decode")
+    assert found.shown(sections) == wanted.shown(sections) and found.output == wanted.output
+    assert found.serve.model_name == wanted.serve.model_name
 
 
 def test_one_model_has_the_deployments_of_ever(target: Path) -> None:
