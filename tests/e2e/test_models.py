@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from core.models.adapters import load_for_training, save_adapters
 from tests.e2e.serving import (
     ADMIN_KEY,
     PROMPTS,
+    ROOT,
     Served,
     expected_text,
     make_models,
@@ -119,3 +122,17 @@ def test_the_desk_of_a_model_is_asked_by_its_name(several: Served) -> None:
     }
     head = several.config.draft.path
     assert paths == {"tiny": head, "team/plain": None, "adapted": head}
+
+
+@pytest.mark.parametrize(("name", "code"), [("adapted", 0), ("no", 1)])
+def test_the_terminal_talks_to_the_one_that_is_named(several: Served, name: str, code: int) -> None:
+    command = [sys.executable, "-m", "serve.chat", "--url", several.url, "--name", name]
+    command += ["--max-tokens", str(NUM_TOKENS)]
+    done = subprocess.run(
+        command, input=f"{PROMPTS[0]}\n/quit\n", cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == code
+    if code:
+        assert "--name no" in done.stderr and "tiny, team/plain, adapted" in done.stderr
+    else:
+        assert f"adapted at {several.url}" in done.stdout.replace("\n", "")
