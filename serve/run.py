@@ -81,12 +81,13 @@ def start(config: Config) -> None:
 
 def deploy(config: Config) -> None:
     """Bring a configuration into service, in place of another one if there is one."""
-    for one in config.served_models().values():
+    for name, one in config.served_models().items():
         measuring = one.draft.path and one.decode.total_tokens == "auto"
         adapted = f" with {one.target.adapter}" if one.target.adapter else ""
         say(
             NAME,
-            f"loading {one.target.path}{adapted} ({one.target.dtype})"
+            (f"{name}: " if config.serve.models else "")
+            + f"loading {one.target.path}{adapted} ({one.target.dtype})"
             + (", then measuring which draft tree pays" if measuring else "")
             + ("" if one.serve.replicas else ", when it is asked for"),
         )

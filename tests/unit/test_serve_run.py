@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import re
 import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 from ray._private.thirdparty.pathspec import PathSpec
 
 from core.config import Config, load_config
 from core.draft.base import TargetGeometry, build_head
 from core.draft.folder import save_head
 from core.draft.vocabulary import DraftVocabulary
+from core.errors import ResourceError
 from core.models.target import target_fingerprint
 from core.models.tiny import save_tiny_target, tiny_config
 from core.paths import resolve_path
 from core.runtime.conversion import with_converted_target
 from core.runtime.load.servers import free_port
 from serve import run
-from serve.checks import check, check_port
+from serve.checks import check, check_port, check_room, surge_that_fits
 
 CONFIG = Path(__file__).parents[2] / "configs" / "serve_smollm2.yaml"
 HEAD = Path(__file__).parents[2] / "serve" / "heads" / "smollm2-135m-instruct"
@@ -114,6 +117,58 @@ def test_a_port_that_is_taken() -> None:
         pytest.raises(ValueError, match=rf"serve\.port={free}: cannot listen"),
     ):
         check_port("127.0.0.1", free)
+
+
+@pytest.mark.parametrize(
+    ("models", "room", "said"),
+    [
+        ({}, 2, None),
+        ({}, 1, "serve.replicas × serve.cpus_per_replica: 1 × 2 need 2 CPUs, 1 are there"),
+        ({"a": {}, "b": {"serve": {"replicas": 2, "cpus_per_replica": 0.5}}}, 3, None),
+        (
+            {"a": {}, "b": {"serve": {"replicas": 2, "cpus_per_replica": 1}}},
+            3,
+            "1 × 2 + 2 × 1, for a, b, need 4 CPUs, 3 are there",
+        ),
+        # Without requests they have no replica, and one at a time needs room.
+        ({name: {"serve": {"replicas": 0}} for name in "abc"}, 2, None),
+        ({"a": {}, "b": {"serve": {"replicas": 0}}}, 3, "1 × 2 + 0 × 2, for a, b, need 4 CPUs"),
+    ],
+)
+def test_there_is_room_for_all_models_together(
+    monkeypatch: pytest.MonkeyPatch, models: dict[str, Any], room: float, said: str | None
+) -> None:
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": float(room)})
+    config = Config().replace(serve={"models": models}, cluster={"address": "local"})
+    if said is None:
+        check_room(config)
+        return
+    with pytest.raises(ResourceError, match=re.escape(said)):
+        check_room(config)
+
+
+def test_an_old_replica_stops_first_where_all_models_together_leave_no_room(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    models = {"a": {}, "b": {"serve": {"cpus_per_replica": 1}}}
+    config = Config().replace(serve={"models": models}, cluster={"address": "local"})
+    for room, percent in ((6, 100), (5, 0)):
+        monkeypatch.setattr(ray, "cluster_resources", lambda room=room: {"CPU": float(room)})
+        served = surge_that_fits(config).served_models()
+        assert {one.serve.max_surge_percent for one in served.values()} == {percent}
+
+
+def test_each_model_is_checked(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(target.parent)
+    models: dict[str, Any] = {"a": {}, "b": {"draft": {"path": "nowhere"}}}
+    config = Config().replace(target={"path": "target"}, serve={"models": models})
+    with pytest.raises(ValueError, match=r"^serve\.models\.b: draft\.path=nowhere: no such file"):
+        check(config)
+    # A model that names its own target needs none to be made.
+    models = {"a": {"target": {"path": "target"}}}
+    config = Config().replace(convert={"source": "tiny-random"}, serve={"models": models})
+    assert with_converted_target(config) is config
+    assert [one.target.path for one in check(config).served_models().values()] == [str(target)]
 
 
 def test_help_names_the_settings(capsys: pytest.CaptureFixture[str]) -> None:
