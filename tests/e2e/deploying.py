@@ -28,6 +28,7 @@ ENVIRONMENT = {
     **os.environ,
     "RAY_AUTH_MODE": "disabled",
     "RAY_worker_niceness": "0",
+    "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
     "PYTHONPATH": str(ROOT),
 }
 

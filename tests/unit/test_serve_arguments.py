@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -114,3 +116,13 @@ def test_several_models_have_deployments_of_their_own(target: Path) -> None:
     assert cpus == {"Decoder:a": 2, "Decoder:org~b": 1}
     bounds = deployments["Decoder:org~b"]._deployment_config.autoscaling_config
     assert (bounds.min_replicas, bounds.max_replicas) == (0, 1)
+
+
+def test_the_ingress_loads_no_framework() -> None:
+    """It imports what the application is built by, and would hold some 300 MB of it for nothing."""
+    code = (
+        "import sys; from serve.app import build_app\n"
+        "print([name for name in ('torch', 'transformers') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
