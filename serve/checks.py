@@ -11,7 +11,7 @@ from transformers import AutoConfig
 
 from core.config import Config
 from core.draft.folder import load_head
-from core.errors import InputError, ResourceError, UserError
+from core.errors import ConfigError, InputError, ResourceError, UserError
 from core.models.adapters import adapted_fingerprint, adapter_folder, check_adapters
 from core.models.target import target_fingerprint, target_folder, target_location
 from core.paths import PACKAGE_SCHEME, resolve_path
@@ -27,6 +27,7 @@ def check(config: Config) -> Config:
 
     Raises:
         InputError: a target, adapters or a head do not exist, or keys are not as they should be.
+        ConfigError: a tree without a head to draft it.
         MismatchError: adapters or a head were trained for another target.
     """
     key_hashes(config.serve)
@@ -61,6 +62,12 @@ def _checked(config: Config) -> Config:
         own, base = adapted_fingerprint(target, adapter), own
         places["adapter"] = _location(str(config.target.adapter), adapter)
     if not head:
+        if config.decode.total_tokens not in ("auto", 1) and not config.decode.ngram_match:
+            raise ConfigError(
+                f"decode.total_tokens={config.decode.total_tokens} needs a draft head; set "
+                "draft.path, decode.ngram_match to draft by copying alone, or "
+                "decode.total_tokens=auto"
+            )
         say(NAME, "draft.path is not set: the target alone, without speculation")
         return config.replace(target=places)
     load_head(

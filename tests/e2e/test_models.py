@@ -51,7 +51,7 @@ def several(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     adapter = make_adapter(config, folder / "adapter")
     models = {
         "tiny": None,
-        "team/plain": {"draft": {"path": None}},
+        "team/plain": {"draft": {"path": None}, "decode": {"total_tokens": "auto"}},
         "adapted": {"target": {"adapter": str(adapter)}, "decode": {"total_tokens": 4}},
     }
     config = config.replace(

@@ -164,6 +164,11 @@ def test_each_model_is_checked(target: Path, monkeypatch: pytest.MonkeyPatch) ->
     config = Config().replace(target={"path": "target"}, serve={"models": models})
     with pytest.raises(ValueError, match=r"^serve\.models\.b: draft\.path=nowhere: no such file"):
         check(config)
+    models = {"a": {}, "b": {"decode": {"total_tokens": 4}}}
+    with pytest.raises(
+        ValueError, match=r"^serve\.models\.b: decode\.total_tokens=4 needs a draft"
+    ):
+        check(Config().replace(target={"path": "target"}, serve={"models": models}))
     # A model that names its own target needs none to be made.
     models = {"a": {"target": {"path": "target"}}}
     config = Config().replace(convert={"source": "tiny-random"}, serve={"models": models})
