@@ -6,7 +6,6 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
-from pathlib import Path
 from typing import Any, Protocol
 
 from fastapi import FastAPI
@@ -33,16 +32,11 @@ from serve.generation import (
 from serve.guard import Guard
 from serve.metrics import CONTENT_TYPE, Metrics
 from serve.openai_chat import ChatRequest
+from serve.page import chat_page
 from serve.retry import resumed
 from serve.tgi import GenerateRequest
 from serve.tokens import DetokenizeRequest, TokenizeRequest, tokenized
 
-PAGE = Path(__file__).parent / "web" / "index.html"
-PAGE_POLICY = (
-    "default-src 'none'; connect-src 'self'; img-src data:; "
-    "script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-)
 STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
@@ -126,12 +120,12 @@ async def _until(
 
 
 def _add_pages(api: FastAPI, backend: Backend, metrics: Metrics) -> None:
-    text = PAGE.read_text(encoding="utf-8")
+    chat = chat_page()
 
     @api.get("/", response_class=HTMLResponse)
     async def page() -> HTMLResponse:
         """The chat page."""
-        return HTMLResponse(text, headers={"Content-Security-Policy": PAGE_POLICY})
+        return HTMLResponse(chat.text, headers={"Content-Security-Policy": chat.policy})
 
     @api.get("/health")
     async def health() -> JSONResponse:
