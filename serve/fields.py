@@ -91,7 +91,13 @@ class StreamOptions(Body):
 
 
 class AerieOptions(Body):
-    """Aerie's extension."""
+    """Aerie's extension.
+
+    Attributes:
+        spans: tell which tokens had been guessed, and the figures of rounds and answer.
+        tree: tell each round's draft tree.
+        speculate: false has the target decode alone, with the same text.
+    """
 
     spans: bool = False
     tree: bool = False

@@ -4,8 +4,8 @@ const WAYS = [
   { name: "Speculative decoding", speculate: true },
   { name: "The model alone", speculate: false },
 ];
-const state = { model: null, messages: [], running: null, aloneFirst: false };
-const tree = new TreeView($);
+const state = { model: null, messages: [], running: null, aloneFirst: false, follows: true };
+const tree = new TreeView($, () => follow(false));
 
 function element(tag, className, text) {
   const node = document.createElement(tag);
@@ -15,8 +15,8 @@ function element(tag, className, text) {
 }
 
 function follow(always) {
-  const view = $("scroll");
-  if (always || view.scrollHeight - view.scrollTop - view.clientHeight < 160) view.scrollTop = view.scrollHeight;
+  if (always) state.follows = true;
+  if (state.follows) $("scroll").scrollTop = $("scroll").scrollHeight;
 }
 
 function addTurn(role, ...content) {
@@ -202,6 +202,11 @@ function startAnew() {
   $("input").focus();
 }
 
+// Who scrolls up reads, and is not pulled down again until the end is in sight.
+$("scroll").addEventListener("scroll", () => {
+  const view = $("scroll");
+  state.follows = view.scrollHeight - view.scrollTop - view.clientHeight < 40;
+});
 $("form").addEventListener("submit", (event) => {
   event.preventDefault();
   if (state.running) { state.running.abort(); return; }

@@ -95,7 +95,8 @@ function spelledOut(tree) {
 }
 
 class TreeView {
-  constructor(find) {
+  constructor(find, drew) {
+    this.drew = drew;
     this.figure = find("tree"); this.round = find("round"); this.place = find("place");
     this.canvas = find("canvas"); this.said = find("said");
     this.trees = []; this.tallest = 0; this.timer = null;
@@ -115,7 +116,7 @@ class TreeView {
     this.trees.push(tree);
     this.round.max = this.trees.length;
     if (last) this.round.value = this.trees.length;  // else someone looks at an earlier round
-    this.timer ??= setTimeout(() => { this.timer = null; this.draw(); }, REDRAWN_MS);
+    this.timer ??= setTimeout(() => { this.timer = null; this.draw(); this.drew(); }, REDRAWN_MS);
   }
 
   draw() {

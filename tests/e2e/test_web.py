@@ -289,7 +289,7 @@ def test_a_page_without_a_tree_asks_for_none(page: Page) -> None:
     page.keyboard.press("Enter")
     tab_to(page, "Draw the draft tree")
     page.keyboard.press("Space")
-    tab_to(page, "Highlight guessed tokens")
+    tab_to(page, "Highlight guesses")
     page.keyboard.press("Space")
     asked = questions(page)
     send(page, PROMPTS[0])
