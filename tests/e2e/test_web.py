@@ -37,6 +37,18 @@ FOCUS = """() => {
     const style = getComputedStyle(node);
     return [name.trim(), style.outlineStyle !== "none" && parseFloat(style.outlineWidth) >= 2];
 }"""
+# What is drawn of a round's tree, and what is said of it.
+TREE = """() => {
+    const tree = document.querySelector("#tree");
+    const count = (found) => tree.querySelectorAll(found).length;
+    return {
+        kept: count("g.kept"), own: count("g.own"), root: count("g.root"),
+        edges: count("path.kept"),
+        place: tree.querySelector("#place").textContent,
+        said: tree.querySelector("#said").textContent,
+        label: tree.querySelector("svg").getAttribute("aria-label"),
+    };
+}"""
 OVERFLOW = "document.documentElement.scrollWidth > document.documentElement.clientWidth"
 
 needs_chromium = pytest.mark.skipif(
@@ -162,23 +174,20 @@ def check_guessed(pane: Locator) -> None:
 
 def check_tree(page: Page) -> None:
     """Every round of the answer can be looked at, one of them with an accepted guess."""
-    tree = page.locator("#tree")
     tab_to(page, "Draft tree of round")
     page.keyboard.press("Home")
-    expect(tree.locator("#place")).to_contain_text("1 of ")
-    rounds = int(tree.locator("#round").get_attribute("max") or 0)
+    expect(page.locator("#place")).to_contain_text("1 of ")
+    rounds = int(page.locator("#round").get_attribute("max") or 0)
     assert rounds > 1
     most = 0
     for number in range(1, rounds + 1):
-        expect(tree.locator("#place")).to_have_text(f"{number} of {rounds}")
-        kept = tree.locator("g.kept").count()
+        shown = page.evaluate(TREE)
+        assert shown["place"] == f"{number} of {rounds}"
+        kept, own, said = shown["kept"], shown["own"], shown["said"]
         # Each kept guess, and the model's own token behind it, has an edge that leads to it.
-        own = tree.locator("g.own").count()
-        assert tree.locator("path.kept").count() == kept + own
-        assert tree.locator("g.root").count() == 1 and own <= 1
-        said = tree.locator("#said").inner_text()
+        assert shown["edges"] == kept + own and own <= 1 and shown["root"] == 1
         assert f"the model kept {kept or 'none'}" in said or "no tokens were guessed" in said
-        assert said in (tree.locator("svg").get_attribute("aria-label") or "")
+        assert said in shown["label"], "what is drawn is also told"
         most = max(most, kept)
         page.keyboard.press("ArrowRight")
     assert most > 0, "no accepted path"
