@@ -47,11 +47,18 @@ class OpenAIAnswer(Answer):
     """What chats and completions have in common."""
 
     def __init__(
-        self, model: str, prefix: str, *, choices: int, with_spans: bool, with_usage: bool
+        self,
+        model: str,
+        prefix: str,
+        *,
+        choices: int,
+        with_spans: bool,
+        with_trees: bool,
+        with_usage: bool,
     ) -> None:
         super().__init__()
         self.model, self.choices = model, choices
-        self.with_spans, self.with_usage = with_spans, with_usage
+        self.with_spans, self.with_trees, self.with_usage = with_spans, with_trees, with_usage
         self.id = f"{prefix}-{uuid.uuid4().hex}"
         self.created = int(time.time())
         self._completion_tokens = 0
@@ -78,10 +85,8 @@ class OpenAIAnswer(Answer):
         for end in finished:
             own = [one for one in rounds if one.choice == end.choice]
             choice = self._whole_choice(own, end)
-            if self.with_spans:
-                choice["aerie"] = {"spans": [span for one in own for span in one.spans]}
-                if self.choices > 1:
-                    choice["aerie"]["figures"] = _figures(end)
+            if extension := self._whole_extension(own, end):
+                choice["aerie"] = extension
             choices.append(choice)
             self._completion_tokens += end.completion_tokens
         body = {**self._head(self._kinds[0]), "choices": choices, "usage": self._usage()}
@@ -90,16 +95,12 @@ class OpenAIAnswer(Answer):
         return body
 
     def part(self, progressed: Progressed) -> list[Json | str]:
-        if not (progressed.text or progressed.tokens or self.with_spans):
+        extension = self._part_extension(progressed)
+        if not (progressed.text or progressed.tokens or extension):
             return []
         choice = self._part_choice(progressed)
-        if self.with_spans:
-            choice["aerie"] = {
-                "spans": progressed.spans,
-                "tokens": progressed.num_tokens,
-                "tree_size": progressed.tree_size,
-                "seconds": _seconds(progressed.seconds),
-            }
+        if extension:
+            choice["aerie"] = extension
         return [self._chunk(choice)]
 
     def ended(self, finished: Finished) -> list[Json | str]:
@@ -115,6 +116,29 @@ class OpenAIAnswer(Answer):
             return ["[DONE]"]
         usage = {**self._head(self._kinds[1]), "choices": [], "usage": self._usage()}
         return [usage, "[DONE]"]
+
+    def _whole_extension(self, rounds: Sequence[Progressed], finished: Finished) -> Json:
+        extension: Json = {}
+        if self.with_spans:
+            extension["spans"] = [span for one in rounds for span in one.spans]
+            if self.choices > 1:
+                extension["figures"] = _figures(finished)
+        if self.with_trees:
+            extension["trees"] = [asdict(one.tree) for one in rounds if one.tree is not None]
+        return extension
+
+    def _part_extension(self, progressed: Progressed) -> Json:
+        extension: Json = {}
+        if self.with_spans:
+            extension |= {
+                "spans": progressed.spans,
+                "tokens": progressed.num_tokens,
+                "tree_size": progressed.tree_size,
+                "seconds": _seconds(progressed.seconds),
+            }
+        if progressed.tree is not None:
+            extension["tree"] = asdict(progressed.tree)
+        return extension
 
     def _head(self, kind: str) -> Json:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model}

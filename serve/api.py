@@ -5,7 +5,6 @@
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
@@ -29,15 +28,10 @@ from serve.guard import Guard
 from serve.metrics import CONTENT_TYPE, Registry
 from serve.models import Model, Models, Served
 from serve.openai_chat import ChatRequest
+from serve.page import chat_page
 from serve.tgi import GenerateRequest
 from serve.tokens import DetokenizeRequest, TokenizeRequest, tokenized
 
-PAGE = Path(__file__).parent / "web" / "index.html"
-PAGE_POLICY = (
-    "default-src 'none'; connect-src 'self'; img-src data:; "
-    "script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-)
 STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
@@ -75,12 +69,12 @@ def build_api(served: Sequence[Served], config: ServeConfig) -> FastAPI:
 
 
 def _add_pages(api: FastAPI, models: Models, registry: Registry) -> None:
-    text = PAGE.read_text(encoding="utf-8")
+    chat = chat_page()
 
     @api.get("/", response_class=HTMLResponse)
     async def page() -> HTMLResponse:
         """The chat page."""
-        return HTMLResponse(text, headers={"Content-Security-Policy": PAGE_POLICY})
+        return HTMLResponse(chat.text, headers={"Content-Security-Policy": chat.policy})
 
     @api.get("/health")
     async def health() -> JSONResponse:

@@ -68,6 +68,7 @@ class CompletionRequest(SampledBody):
             "cmpl",
             choices=self.n * len(self.prompts),
             with_spans=self.with_spans,
+            with_trees=self.with_trees,
             with_usage=self.with_usage,
         )
 

@@ -8,7 +8,8 @@ Differences from OpenAI's service, all documented in the README:
   changes nothing (`user`, `metadata`, …, or `tools: []`) is accepted.
 * `top_k`, `min_p`, `repetition_penalty` and `stop_token_ids` are vLLM's.
 * `aerie: {"spans": true}` adds `choices[…].aerie` with the text of each token and whether it had
-  been guessed, and `aerie` with the figures of the whole answer.
+  been guessed, and `aerie` with the figures of the whole answer. `"tree": true` adds each round's
+  draft tree to it, and `"speculate": false` has the target decode alone.
 """
 
 from __future__ import annotations
@@ -90,9 +91,17 @@ class StreamOptions(Body):
 
 
 class AerieOptions(Body):
-    """Aerie's extension."""
+    """Aerie's extension.
+
+    Attributes:
+        spans: tell which tokens had been guessed, and the figures of rounds and answer.
+        tree: tell each round's draft tree.
+        speculate: false has the target decode alone, with the same text.
+    """
 
     spans: bool = False
+    tree: bool = False
+    speculate: bool = True
 
 
 class SampledBody(Body):
@@ -141,6 +150,10 @@ class SampledBody(Body):
         return self.aerie is not None and self.aerie.spans
 
     @property
+    def with_trees(self) -> bool:
+        return self.aerie is not None and self.aerie.tree
+
+    @property
     def with_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
 
@@ -175,4 +188,6 @@ class SampledBody(Body):
             stops=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
             stop_token_ids=tuple(self.stop_token_ids or ()),
             echo=echo,
+            speculate=self.aerie is None or self.aerie.speculate,
+            trees=self.with_trees,
         )

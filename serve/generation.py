@@ -44,6 +44,8 @@ class Generation:
         stop_token_ids: tokens that end it; they are its last.
         echo: whether the text begins with the prompt's.
         schema: a JSON schema, as JSON, that the answers must follow.
+        speculate: whether trees are drafted; without, each pass of the target gives one token.
+        trees: whether the rounds' trees are told.
     """
 
     prompts: tuple[Prompt, ...]
@@ -56,6 +58,8 @@ class Generation:
     stop_token_ids: tuple[int, ...] = ()
     echo: bool = False
     schema: str | None = None
+    speculate: bool = True
+    trees: bool = False
 
     @property
     def num_answers(self) -> int:
@@ -131,6 +135,23 @@ class Tokens:
 
 
 @dataclass(frozen=True)
+class ShownTree:
+    """A round's draft tree, to look at.
+
+    Attributes:
+        parents: of each node, always an earlier one; -1 for the root, the token before the round.
+        texts: of each node's token by itself; half a character is U+FFFD.
+        accepted: the nodes whose tokens the answer got, from the root on, which it had.
+        bonus: text of the target's own token behind them; None where the answer ended before it.
+    """
+
+    parents: tuple[int, ...]
+    texts: tuple[str, ...]
+    accepted: tuple[int, ...]
+    bonus: str | None
+
+
+@dataclass(frozen=True)
 class Progressed:
     """One round of a choice.
 
@@ -142,6 +163,7 @@ class Progressed:
         tokens: the same, where log-probabilities were asked for.
         num_guessed: how many of them had been guessed: the first ones.
         seconds: of the rounds since the event before.
+        tree: its draft tree, where trees were asked for.
     """
 
     choice: int
@@ -151,6 +173,7 @@ class Progressed:
     tokens: tuple[ScoredToken, ...] = ()
     num_guessed: int = 0
     seconds: PhaseSeconds = NO_SECONDS
+    tree: ShownTree | None = None
 
     @property
     def num_tokens(self) -> int:

@@ -128,6 +128,7 @@ class ChatRequest(SampledBody):
             "chatcmpl",
             choices=self.n,
             with_spans=self.with_spans,
+            with_trees=self.with_trees,
             with_usage=self.with_usage,
         )
 

@@ -26,6 +26,7 @@ from serve.generation import (
     Reason,
     Rejected,
     ScoredToken,
+    ShownTree,
     Tokens,
 )
 from serve.loop import ClosingError, DecodingError, DecodingLoop, Turn
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from core.decode.engine import SpeculativeDecoder
     from core.decode.grammar import Constraint
     from core.decode.requests import Event as DecoderEvent
-    from core.decode.requests import Request
+    from core.decode.requests import Request, Round
     from core.decode.sampler import TokenLogprobs
     from serve.heads import AskDesk, Version
 
@@ -152,6 +153,7 @@ class DecoderReplica:
         """What the decoder is asked, a request a choice, or why it is not."""
         from core.decode.requests import Request
         from core.decode.sampling import SamplingSettings
+        from core.decode.tree import PLAIN
 
         if request.num_answers > self._loop.most:
             return Rejected(
@@ -190,6 +192,8 @@ class DecoderReplica:
                 settings,
                 None if request.seed is None else request.seed + place,
                 stops,
+                None if request.speculate else PLAIN,
+                with_trees=request.trees,
                 constraint=constraints.pop(),
             )
             for prompt_ids in prompts
@@ -257,7 +261,9 @@ class _Answer:
             self._passes += 1
             self._committed += len(done.tokens)
             self._nodes += done.tree_size
-            self._version.count(len(done.tokens))
+            # Rounds that were to be plain say nothing of the head.
+            if turn.request.plan is None:
+                self._version.count(len(done.tokens))
         before = text.num_tokens
         spans = text.push(done.tokens, done.drafted)
         count = text.num_tokens - before
@@ -268,7 +274,14 @@ class _Answer:
         guessed = sum(done.drafted[:count])
         seconds, self._seconds = event.seconds - self._seconds, event.seconds
         yield Progressed(
-            turn.place, tuple(spans), done.tokens[:count], done.tree_size, tokens, guessed, seconds
+            turn.place,
+            tuple(spans),
+            done.tokens[:count],
+            done.tree_size,
+            tokens,
+            guessed,
+            seconds,
+            self._shown_tree(done, count),
         )
         if turn.open:
             return
@@ -291,6 +304,18 @@ class _Answer:
             tokens_per_second=count / max(time.monotonic() - self._turn.started, 1e-9),
             tree_size=self._nodes / self._passes if self._passes else 1.0,
             seconds=self._seconds,
+        )
+
+    def _shown_tree(self, done: Round, count: int) -> ShownTree | None:
+        """The round's tree, of whose tokens the answer took so many."""
+        if done.tree is None:
+            return None
+        bonus = len(done.path)
+        return ShownTree(
+            done.tree.parents,
+            tuple(self._text_of(token) for token in done.tree.token_ids_N.tolist()),
+            done.path[: count + 1],
+            self._text_of(done.tokens[bonus - 1]) if count >= bonus else None,
         )
 
     def _scored(self, token: TokenLogprobs) -> ScoredToken:

@@ -122,12 +122,18 @@ def listening(service: Service) -> Iterator[str]:
 
 
 @contextmanager
-def in_process(folder: Path, *, canary_gain: float = 0.0) -> Iterator[Service]:
-    """A service with the tiny target; `check_health` makes its replica follow the desk."""
+def in_process(folder: Path, *, canary_gain: float = 0.0, **decode: Any) -> Iterator[Service]:
+    """A service with the tiny target; `check_health` makes its replica follow the desk.
+
+    Args:
+        folder: for the target.
+        canary_gain: of the desk.
+        decode: further settings of that section.
+    """
     save_tiny_target(folder / "target")
     config = Config().replace(
         target={"path": str(folder / "target"), "dtype": "float32"},
-        decode={"max_context": 400},
+        decode={"max_context": 400, **decode},
         serve={"cpus_per_replica": 1, "model_name": "tiny"},
     )
     threads = torch.get_num_threads()

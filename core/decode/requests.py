@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from torch import Tensor
@@ -33,6 +33,7 @@ class Request:
         stop_token_ids: besides the target's end tokens. A stop token ends the answer and is the
             last token given.
         plan: tree of every round; None takes the decoder's, or leaves it to its policy.
+        with_trees: whether its rounds tell the trees that were verified.
         constraint: that the answer must follow; of this request alone, since it goes on with it.
     """
 
@@ -42,6 +43,7 @@ class Request:
     seed: int | None = None
     stop_token_ids: frozenset[int] = frozenset()
     plan: TreePlan | None = None
+    with_trees: bool = False
     constraint: Constraint | None = None
 
 
@@ -55,6 +57,8 @@ class Round:
         tree_size: nodes verified; 0 for the prompt's pass (prefill), which drafts nothing.
         ranks: reranking places of the accepted nodes (for the tree policy), uncut.
         logprobs: one for each token where the request's settings ask for them, else none.
+        tree: that was verified, where the request asks for it; None for the prompt's pass.
+        path: its accepted nodes, root first, uncut.
     """
 
     tokens: tuple[int, ...]
@@ -62,6 +66,8 @@ class Round:
     tree_size: int
     ranks: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprobs, ...] = ()
+    tree: DraftTree | None = None
+    path: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -165,7 +171,9 @@ class DecodedSequence:
         drafted = tuple(place < len(path) - 1 for place in range(len(tokens)))
         ranks = tuple(tree.ranks[node] for node in path[1:])
         logprobs = tuple(self.sampler.logprobs[-len(path) :][: len(tokens)])
-        return Round(tuple(tokens), drafted, tree.size, ranks, logprobs)
+        done = Round(tuple(tokens), drafted, tree.size, ranks, logprobs)
+        # Kept by who keeps the round: not where nobody wants to see it.
+        return replace(done, tree=tree, path=path) if self.request.with_trees else done
 
     def _append(self, tokens: Sequence[int]) -> None:
         self.tokens += tokens

@@ -1,4 +1,7 @@
-"""The chat page in a real browser: Debian's Chromium, headless, against a running server."""
+"""The chat page in a real browser: Debian's Chromium, headless, against a running server.
+
+All of it by keyboard: what can be done without a mouse, these tests do without one.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,10 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
-from playwright.sync_api import BrowserContext, Page, expect, sync_playwright
+from playwright.sync_api import BrowserContext, Locator, Page, Request, expect, sync_playwright
 
 from tests.e2e.serving import PROMPTS, Served
 
@@ -25,6 +29,27 @@ FLAGS = [
 # For whoever wants to look at the page: a folder where the tests leave pictures of it.
 PICTURES = os.environ.get("AERIE_TEST_PICTURES")
 NUM_TOKENS = 60
+SIZES = {"desktop": (1100, 760), "phone": (390, 780)}
+# What the element with the focus is called, and whether it can be seen to have it.
+FOCUS = """() => {
+    const node = document.activeElement;
+    const name = node.ariaLabel || node.labels?.[0]?.textContent || node.textContent;
+    const style = getComputedStyle(node);
+    return [name.trim(), style.outlineStyle !== "none" && parseFloat(style.outlineWidth) >= 2];
+}"""
+# What is drawn of a round's tree, and what is said of it.
+TREE = """() => {
+    const tree = document.querySelector("#tree");
+    const count = (found) => tree.querySelectorAll(found).length;
+    return {
+        kept: count("g.kept"), own: count("g.own"), root: count("g.root"),
+        edges: count("path.kept"),
+        place: tree.querySelector("#place").textContent,
+        said: tree.querySelector("#said").textContent,
+        label: tree.querySelector("svg").getAttribute("aria-label"),
+    };
+}"""
+OVERFLOW = "document.documentElement.scrollWidth > document.documentElement.clientWidth"
 
 needs_chromium = pytest.mark.skipif(
     CHROMIUM is None, reason="no `chromium` on this machine; `make test-setup` installs it"
@@ -46,7 +71,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BrowserContext
             executable_path=CHROMIUM,
             headless=True,
             args=FLAGS,
-            viewport={"width": 1100, "height": 760},
+            viewport={"width": SIZES["desktop"][0], "height": SIZES["desktop"][1]},
         )
         context.set_default_timeout(60_000)
         expect.set_options(timeout=60_000)
@@ -80,67 +105,208 @@ def picture(page: Page, name: str) -> None:
         page.screenshot(path=Path(PICTURES) / f"{name}.png")
 
 
+def tab_to(page: Page, name: str) -> None:
+    """Press Tab until the focus is there; wherever it comes by, it can be seen."""
+    passed = []
+    for _ in range(30):
+        focused, seen = page.evaluate(FOCUS)
+        if focused.startswith(name):
+            return
+        passed.append(focused)
+        page.keyboard.press("Tab")
+        focused, seen = page.evaluate(FOCUS)
+        # Behind the last one the focus leaves the page.
+        assert seen or page.evaluate("document.activeElement === document.body"), focused
+    raise AssertionError(f"Tab does not lead to {name!r}, but to {passed}")
+
+
 def limit_answers(page: Page, num_tokens: int = NUM_TOKENS) -> None:
-    page.get_by_role("button", name="Settings").click()
-    page.get_by_label("Longest answer").fill(str(num_tokens))
+    tab_to(page, "Settings")
+    page.keyboard.press("Enter")
+    tab_to(page, "Longest answer")
+    page.keyboard.press("Control+A")
+    page.keyboard.type(str(num_tokens))
+    page.keyboard.press("Escape")
+    expect(page.locator("#settings")).to_be_hidden()
+    expect(page.locator("#toggle")).to_be_focused()
 
 
 def send(page: Page, text: str) -> None:
-    page.get_by_label("Message").fill(text)
-    page.get_by_label("Message").press("Enter")
+    tab_to(page, "Message")
+    page.keyboard.type(text)
+    page.keyboard.press("Enter")
 
 
-def test_a_chat_with_guessed_tokens_highlighted(page: Page) -> None:
-    limit_answers(page)
-    send(page, PROMPTS[0])
-    answer = page.locator(".turn.assistant").first
-    expect(answer.locator(".figures")).to_contain_text("tokens/s")
-    expect(answer).not_to_have_class("turn assistant busy")
-    assert answer.locator(".body").inner_text()
-    assert answer.locator(".drafted").count() > 0
-    guessed = answer.locator(".drafted").first
+def ended(page: Page, number: int) -> Locator:
+    """The answer to a question, when it is complete."""
+    turn = page.locator(".turn.assistant").nth(number)
+    expect(turn.locator(".figures").last).to_contain_text(f"{NUM_TOKENS} tokens")
+    expect(page.locator("[aria-busy]")).to_have_count(0)
+    return turn
+
+
+def questions(page: Page) -> list[dict[str, Any]]:
+    """Grows by what is asked; fails the test where two are asked at once."""
+    asked: list[dict[str, Any]] = []
+    open_ones: list[Request] = []
+
+    def begun(request: Request) -> None:
+        if request.url.endswith("/chat/completions"):
+            assert not open_ones, "one after the other"
+            open_ones.append(request)
+            asked.append(request.post_data_json)
+
+    def over(request: Request) -> None:
+        if request in open_ones:
+            open_ones.remove(request)
+
+    page.on("request", begun)
+    page.on("requestfinished", over)
+    return asked
+
+
+def check_guessed(pane: Locator) -> None:
+    """Some tokens are coloured."""
+    guessed = pane.locator(".drafted").first
     plain = guessed.evaluate("node => getComputedStyle(node.parentNode).backgroundColor")
     assert guessed.evaluate("node => getComputedStyle(node).backgroundColor") != plain
-    assert f"{NUM_TOKENS} tokens" in answer.locator(".figures").inner_text()
+
+
+def check_tree(page: Page) -> None:
+    """Every round of the answer can be looked at, one of them with an accepted guess."""
+    tab_to(page, "Draft tree of round")
+    page.keyboard.press("Home")
+    expect(page.locator("#place")).to_contain_text("1 of ")
+    rounds = int(page.locator("#round").get_attribute("max") or 0)
+    assert rounds > 1
+    most = 0
+    for number in range(1, rounds + 1):
+        shown = page.evaluate(TREE)
+        assert shown["place"] == f"{number} of {rounds}"
+        kept, own, said = shown["kept"], shown["own"], shown["said"]
+        # Each kept guess, and the model's own token behind it, has an edge that leads to it.
+        assert shown["edges"] == kept + own and own <= 1 and shown["root"] == 1
+        assert f"the model kept {kept or 'none'}" in said or "no tokens were guessed" in said
+        assert said in shown["label"], "what is drawn is also told"
+        most = max(most, kept)
+        page.keyboard.press("ArrowRight")
+    assert most > 0, "no accepted path"
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_whole_chat_by_keyboard(page: Page, size: str) -> None:
+    width, height = SIZES[size]
+    page.set_viewport_size({"width": width, "height": height})
+    page.emulate_media(color_scheme="dark" if size == "phone" else "light")
+    asked = questions(page)
+    expect(page.get_by_label("Message")).to_be_focused()
+    picture(page, f"{size}-welcome")
+    tab_to(page, "Settings")
+    page.keyboard.press("Enter")
+    tab_to(page, "Temperature")
+    page.keyboard.type("0")
+    picture(page, f"{size}-settings")
+    page.keyboard.press("Escape")
+    limit_answers(page)
+
+    tab_to(page, "Message")
+    page.keyboard.type(PROMPTS[0])
+    page.keyboard.press("Shift+Enter")
+    expect(page.get_by_label("Message")).to_have_value(f"{PROMPTS[0]}\n")
+    page.keyboard.press("Enter")
+    answer = ended(page, 0)
+    expect(page.get_by_label("Message")).to_be_focused()
+    expect(page.locator("#status")).to_contain_text("The answer is complete")
+    assert answer.locator(".body").inner_text()
+    check_guessed(answer)
+    picture(page, f"{size}-answer")
+    check_tree(page)
+    picture(page, f"{size}-tree")
 
     # The next question is asked with the conversation so far.
-    with page.expect_request("**/v1/chat/completions") as request:
-        send(page, PROMPTS[1])
-    roles = [message["role"] for message in request.value.post_data_json["messages"]]
-    assert roles == ["user", "assistant", "user"]
-    expect(page.locator(".turn.assistant .figures").nth(1)).to_contain_text("tokens/s")
-    expect(page.locator(".busy")).to_have_count(0)
-    picture(page, "chat")
-    page.emulate_media(color_scheme="dark")
-    page.set_viewport_size({"width": 390, "height": 780})
-    picture(page, "dark-phone")
-    overflow = "document.documentElement.scrollWidth > document.documentElement.clientWidth"
-    assert not page.evaluate(overflow)
+    send(page, PROMPTS[1])
+    ended(page, 1)
+    assert [message["role"] for message in asked[1]["messages"]] == ["user", "assistant", "user"]
+    assert asked[1]["temperature"] == 0 and asked[1]["max_tokens"] == NUM_TOKENS
 
-    page.get_by_role("button", name="New chat").click()
+    tab_to(page, "Compare")
+    page.keyboard.press("Space")
+    for number in (2, 3):
+        send(page, PROMPTS[number - 2])
+        turn = ended(page, number)
+        guessed, alone = turn.locator(".pane").all()
+        expect(turn.locator(".verdict")).to_contain_text("Both texts are the same.")
+        for pane in (guessed, alone):
+            expect(pane.locator(".figures")).to_contain_text("tokens/s")
+            expect(pane.locator(".figures")).to_contain_text(f"{NUM_TOKENS} tokens")
+        assert guessed.locator(".body").inner_text() == alone.locator(".body").inner_text()
+        check_guessed(guessed)
+        assert alone.locator(".drafted").count() == 0
+        assert "τ 1.00" in alone.locator(".figures").inner_text()
+        assert "τ 1.00" not in guessed.locator(".figures").inner_text()
+        check_tree(page)
+        picture(page, f"{size}-compare-{number}")
+    ways = [body["aerie"]["speculate"] for body in asked[2:]]
+    assert ways == [True, False, False, True], "who is first alternates"
+    assert asked[2]["seed"] == asked[3]["seed"] and len(asked[-1]["messages"]) == 7
+    first, second = (pane.bounding_box() for pane in (guessed, alone))
+    assert first and second
+    if size == "phone":
+        assert second["y"] >= first["y"] + first["height"] and second["x"] == first["x"]
+    else:
+        assert second["x"] >= first["x"] + first["width"] and second["y"] == first["y"]
+    assert not page.evaluate(OVERFLOW)
+
+    tab_to(page, "New chat")
+    page.keyboard.press("Enter")
     expect(page.locator(".turn")).to_have_count(0)
-    picture(page, "welcome")
+    expect(page.locator("#tree")).to_be_hidden()
+    expect(page.get_by_label("Message")).to_be_focused()
 
 
 def test_text_is_shown_and_never_run(page: Page) -> None:
-    limit_answers(page, 8)
+    limit_answers(page)
     markup = "<img src=x onerror=document.title='run'><b>bold</b>"
     send(page, markup)
     expect(page.locator(".turn.user .body")).to_have_text(markup)
-    expect(page.locator(".busy")).to_have_count(0)
+    ended(page, 0)
     assert page.locator(".turn img, .turn b").count() == 0
     assert page.title() == "Aerie"
 
 
-def test_stop_ends_an_answer_and_the_chat_goes_on(page: Page) -> None:
+def test_escape_stops_an_answer_and_the_chat_goes_on(page: Page) -> None:
     limit_answers(page, 50_000)
+    tab_to(page, "Compare")
+    page.keyboard.press("Space")
     send(page, PROMPTS[0])
-    expect(page.locator(".turn.assistant .figures")).to_contain_text("tokens/s")
-    page.get_by_role("button", name="Stop").click()
-    expect(page.locator(".turn.assistant .figures")).to_contain_text("stopped")
-    page.get_by_label("Longest answer").fill("8")
+    panes = page.locator(".turn.assistant .figures")
+    expect(panes.first).to_contain_text("tokens/s")
+    expect(page.locator("#tree svg")).to_be_visible()
+    picture(page, "running")
+    page.keyboard.press("Escape")
+    expect(panes.first).to_contain_text("stopped")
+    expect(panes.nth(1)).to_have_text("")
+    expect(page.locator("#status")).to_have_text("Stopped.")
+    limit_answers(page)
     send(page, PROMPTS[1])
-    expect(page.locator(".turn.assistant .figures").nth(1)).to_contain_text("8 tokens")
+    ended(page, 1)
+
+
+def test_a_page_without_a_tree_asks_for_none(page: Page) -> None:
+    limit_answers(page)
+    tab_to(page, "Settings")
+    page.keyboard.press("Enter")
+    tab_to(page, "Draw the draft tree")
+    page.keyboard.press("Space")
+    tab_to(page, "Highlight guesses")
+    page.keyboard.press("Space")
+    asked = questions(page)
+    send(page, PROMPTS[0])
+    pane = ended(page, 0)
+    assert asked[0]["aerie"] == {"spans": True, "speculate": True, "tree": False}
+    expect(page.locator("#tree")).to_be_hidden()
+    transparent = "rgba(0, 0, 0, 0)"
+    expect(pane.locator(".drafted").first).to_have_css("background-color", transparent)
 
 
 def test_a_refusal_is_shown(browser: BrowserContext, served: Served) -> None:
@@ -152,7 +318,7 @@ def test_a_refusal_is_shown(browser: BrowserContext, served: Served) -> None:
     send(page, PROMPTS[0])
     expect(page.get_by_role("alert")).to_contain_text("longest sequence")
     picture(page, "refusal")
-    page.get_by_label("Longest answer").fill("8")
+    limit_answers(page)
     send(page, PROMPTS[0])
-    expect(page.locator(".turn.assistant .figures").nth(1)).to_contain_text("8 tokens")
+    ended(page, 1)
     page.close()

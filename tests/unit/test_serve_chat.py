@@ -39,6 +39,7 @@ def test_what_is_not_given_is_left_to_the_server() -> None:
     assert request.prompts == (Conversation((("user", "hi"),)),)
     assert (request.sampling, request.seed, request.choices) == ({}, None, 1)
     assert (request.max_new_tokens, request.stops) == (None, ())
+    assert (request.speculate, request.trees) == (True, False)
 
 
 def test_what_is_given_reaches_the_decoder() -> None:
@@ -56,7 +57,9 @@ def test_what_is_given_reaches_the_decoder() -> None:
         stop_token_ids=[5],
         max_tokens=9,
         max_completion_tokens=5,
+        aerie={"tree": True, "speculate": False},
     )
+    assert (request.speculate, request.trees) == (False, True)
     assert request.sampling == {**settings, "logit_bias": {7: -100.0}, "logprobs": 0}
     assert (request.choices, request.seed, request.max_new_tokens) == (3, -3, 5)
     assert (request.stops, request.stop_token_ids) == (("x",), (5,))

@@ -1,0 +1,66 @@
+"use strict";
+// Asking the server, and what comes back, round by round.
+
+async function failure(response) {
+  try {
+    return (await response.json()).error.message;
+  } catch {
+    return `The server answered ${response.status} ${response.statusText}.`;
+  }
+}
+
+async function* serverSent(body) {
+  const reader = body.pipeThrough(new TextDecoderStream()).getReader();
+  let rest = "";
+  for (;;) {
+    const { value, done } = await reader.read();
+    if (done) return;
+    const events = (rest + value).split("\n\n");
+    rest = events.pop();
+    for (const event of events) {
+      if (event.startsWith("data: ")) yield event.slice(6);
+    }
+  }
+}
+
+// Speed and accepted length so far. The server times its rounds: neither the network nor the
+// reading of the prompt is in the speed.
+class Figures {
+  constructor() { this.tokens = 0; this.decoded = 0; this.rounds = 0; this.nodes = 0; this.seconds = 0; }
+
+  add({ tokens, tree_size: nodes, seconds }) {
+    this.tokens += tokens;
+    if (!nodes) return;  // the prompt's own pass, which gives the first token
+    this.rounds += 1;
+    this.decoded += tokens;
+    this.nodes += nodes;
+    this.seconds += seconds.draft + seconds.verify;
+  }
+
+  get speed() { return this.seconds ? this.decoded / this.seconds : null; }
+
+  get text() {
+    const length = this.rounds ? this.decoded / this.rounds : 1;
+    const nodes = this.rounds ? this.nodes / this.rounds : 1;
+    const parts = [`τ ${length.toFixed(2)}`, `${this.tokens} tokens`];
+    if (nodes > 1) parts.push(`trees of ${nodes.toFixed(1)}`);
+    if (this.speed !== null) parts.unshift(`${this.speed.toFixed(1)} tokens/s`);
+    return parts.join(" · ");
+  }
+}
+
+// Yields the rounds of an answer: {spans, tokens, tree_size, seconds, tree}.
+async function* roundsOf(body, headers, signal) {
+  const response = await fetch("v1/chat/completions", {
+    method: "POST", signal, headers: { ...headers, "Content-Type": "application/json" }, body: JSON.stringify(body),
+  });
+  if (!response.ok) throw new Error(await failure(response));
+  for await (const data of serverSent(response.body)) {
+    if (data === "[DONE]") return;
+    const chunk = JSON.parse(data);
+    if (chunk.error) throw new Error(chunk.error.message);
+    const round = chunk.choices[0]?.aerie;
+    if (round) yield round;
+  }
+  throw new Error("The connection ended before the answer did.");
+}
