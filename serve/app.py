@@ -30,6 +30,7 @@ from serve.keys import admin_key_hashes, key_hashes
 from serve.replica import RETRY_AFTER_S, DecoderReplica
 from serve.retry import ReplicaLostError, lost_for_good
 from serve.routing import PrefixRouter
+from serve.vllm.replica import VllmReplica, leave
 
 DECODER = "Decoder"
 # Its `user_config` {"path": …, "canary": …} brings a draft head into service.
@@ -43,6 +44,11 @@ GRACEFUL_SHUTDOWN_S = 600.0
 METRICS_EVERY_S, LOOK_BACK_S = 1.0, 10.0
 # Failed starts before a deployment is given up. A broken config fails every time.
 MAX_STARTS = 2
+
+HEAD_IS_FIXED = (
+    "vLLM reads its draft head when it starts, so serve.backend=vllm cannot change it at work; set "
+    "draft.path in the configuration and have the server read it again (kill -HUP)"
+)
 
 logger = logging.getLogger("ray.serve")
 
@@ -97,6 +103,13 @@ class ServedReplica(DecoderReplica):
 
     def __init__(self, config: Config, desk: DeploymentHandle) -> None:
         super().__init__(config, desk.report.remote)
+
+
+class ServedVllmReplica(VllmReplica):
+    """One that vLLM decodes for; when vLLM's server dies, so does the replica."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config, on_end=leave)
 
 
 class ServedDesk:
@@ -203,8 +216,9 @@ def build_app(args: Config) -> ray_serve.Application:
             f"serve.max_replicas={config.max_replicas} is below "
             f"serve.replicas={config.replicas}; raise it"
         )
+    by_vllm = config.backend == "vllm"
     decoder: Any = ray_serve.deployment(
-        ServedReplica,
+        ServedVllmReplica if by_vllm else ServedReplica,
         name=DECODER,
         ray_actor_options={
             "num_cpus": config.cpus_per_replica,
@@ -224,9 +238,15 @@ def build_app(args: Config) -> ray_serve.Application:
         max_constructor_retry_count=MAX_STARTS,
     )
     desk: Any = ray_serve.deployment(HeadDesk, name=DESK, ray_actor_options={"num_cpus": 0})
-    head_desk = desk.bind(args.draft.path, rounds=config.canary_rounds, gain=config.canary_gain)
+    head_desk = desk.bind(
+        args.draft.path,
+        rounds=config.canary_rounds,
+        gain=config.canary_gain,
+        fixed=HEAD_IS_FIXED if by_vllm else None,
+    )
+    decoders = decoder.bind(args) if by_vllm else decoder.bind(args, head_desk)
     # Read here: the ingress may be on another node.
     keyed = config.model_copy(
         update={"api_keys": key_hashes(config), "admin_keys": admin_key_hashes(config)}
     )
-    return Ingress.bind(decoder.bind(args, head_desk), head_desk, keyed)  # type: ignore[attr-defined]
+    return Ingress.bind(decoders, head_desk, keyed)  # type: ignore[attr-defined]

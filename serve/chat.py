@@ -157,10 +157,11 @@ def _answer(console: Console, chat: Chat | LocalChat, question: str) -> None:
 def _stats(figures: dict[str, Any]) -> str:
     if not figures:
         return "no answer yet"
-    return (
-        f"{figures['tokens_per_second']:.1f} tokens/s, accepted length "
-        f"{figures['accepted_length']:.2f}, {figures['rounds']} rounds"
-    )
+    said = [f"{figures['tokens_per_second']:.1f} tokens/s"]
+    # Not every backend tells of its rounds.
+    if "accepted_length" in figures:
+        said.append(f"accepted length {figures['accepted_length']:.2f}, {figures['rounds']} rounds")
+    return ", ".join(said)
 
 
 def _message(body: dict[str, Any]) -> str:

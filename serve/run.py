@@ -28,6 +28,7 @@ from core.runtime.conversion import with_converted_target
 from core.runtime.job import guarded
 from serve.app import build_app
 from serve.keys import admin_key_hashes, key_hashes
+from serve.vllm import settings as vllm
 
 NAME = "serve"
 SECTIONS = ("convert", "target", "draft", "decode", "serve", "cluster")
@@ -87,7 +88,8 @@ def start(config: Config) -> None:
 
 def deploy(config: Config) -> None:
     """Bring a configuration into service, in place of another one if there is one."""
-    measuring = config.draft.path and config.decode.total_tokens == "auto"
+    own = config.serve.backend == "aerie"
+    measuring = own and config.draft.path and config.decode.total_tokens == "auto"
     say(
         NAME,
         f"loading {config.target.path} ({config.target.dtype})"
@@ -154,15 +156,21 @@ def check(config: Config) -> Config:
         ) from error
     key_hashes(config.serve)
     admin_key_hashes(config.serve)
+    if config.serve.backend == "vllm":
+        for sentence in vllm.check(config):
+            say(NAME, sentence)
+        say(NAME, f"vLLM {vllm.check_python(config)} decodes")
     location = target_location(str(config.target.path))
     if not head:
         say(NAME, "draft.path is not set: the target alone, without speculation")
         return config.replace(target={"path": location})
-    load_head(
+    loaded = load_head(
         head,
         target_fingerprint=target_fingerprint(target),
         target_config=AutoConfig.from_pretrained(target),
     )
+    if config.serve.backend == "vllm":
+        vllm.check_head(loaded)
     # An address in a package is looked up by each node, a path here has to be the full one.
     path = str(config.draft.path)
     if not path.startswith(PACKAGE_SCHEME):

@@ -104,6 +104,20 @@ class BenchmarkConfig(Section):
 class ServeConfig(Section):
     """The HTTP service."""
 
+    backend: Literal["aerie", "vllm"] = setting(
+        "aerie",
+        "what decodes: Aerie's own decoder, or vLLM's server, whose drafts are chains of "
+        "decode.depth + 1 tokens and no trees",
+    )
+    vllm_python: str | None = setting(
+        None, "vllm: the Python of an environment with vLLM, on every node; null is this one"
+    )
+    vllm_arguments: tuple[str, ...] = setting(
+        (), "vllm: further arguments of its server, such as --gpu-memory-utilization=0.8"
+    )
+    vllm_start_s: float = setting(
+        900.0, "vllm: seconds after which a server that is not ready is given up", gt=0
+    )
     host: str = setting("127.0.0.1", "address to listen on")
     port: int = setting(8000, "port to listen on", ge=1, le=65535)
     model_name: str = setting("aerie", "the model's name in the API")
