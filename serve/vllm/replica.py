@@ -101,7 +101,11 @@ class VllmReplica:
     def __del__(self) -> None:
         """Called by Ray Serve too, when a replica that is replaced has answered everything."""
         if "_server" in self.__dict__:
-            self._server.close()
+            self.close()
+
+    def close(self) -> None:
+        """End the server."""
+        self._server.close()
 
     async def check_health(self) -> None:
         """Called by Ray Serve, which replaces a replica that raises here.
