@@ -1,9 +1,10 @@
 """A stand-in for vLLM's environment: run as its Python, it answers what vLLM's server was recorded.
 
 It imports the standard library alone. A request must have the very body that was recorded: what
-vLLM would have made of another one, nobody knows. Arguments of its own, by `serve.vllm_arguments`: `--fail` ends it while it starts, `--child FILE` starts a
-process that would outlive it and writes its id there. A request for DIES tokens ends it in
-mid-answer, and one for HANGS tokens gets its first chunk and no further one.
+vLLM would have made of another one, nobody knows. Arguments of its own, by
+`serve.vllm_arguments`: `--fail` ends it while it starts, `--child FILE` starts a process that would
+outlive it and writes its id there. A request for DIES tokens ends it in mid-answer, and one for
+HANGS tokens gets its first chunk and no further one.
 """
 
 from __future__ import annotations

@@ -105,7 +105,7 @@ def vllms_text(name: str, choice: int = 0) -> str:
     return "".join(one["text"] for chunk in chunks for one in chunk["choices"])
 
 
-@pytest.mark.parametrize("name", ["greedy", "stop", "json", "stop_token"])
+@pytest.mark.parametrize("name", ["greedy", "stop", "json"])
 def test_the_text_is_vllms_own(name: str) -> None:
     events = events_of(name)
     assert text_of(events) == vllms_text(name) != ""
@@ -167,6 +167,8 @@ def test_a_stop_token_is_its_last() -> None:
     assert isinstance(last, Finished) and last.reason == "token"
     ids = [token for event in events if isinstance(event, Progressed) for token in event.ids]
     assert ids[-1] == 30 and len(ids) == last.completion_tokens
+    # vLLM's text ends before it; ours has it, as our own decoder's.
+    assert text_of(events) == vllms_text("stop_token") + "."
 
 
 def test_an_answer_that_ends_by_itself_follows_its_schema() -> None:
