@@ -52,6 +52,7 @@ class Server:
         self._process: subprocess.Popen[bytes] | None = None
         self._on_end, self._closing = on_end, False
         self._ended = threading.Event()
+        self._last_words: str | None = None
 
     def start(
         self, command: Sequence[str], environment: Mapping[str, str], timeout_s: float
@@ -106,6 +107,8 @@ class Server:
 
     def said(self) -> str:
         """The end of what it wrote."""
+        if self._last_words is not None:
+            return self._last_words
         try:
             return self.log.read_text(errors="replace")[-SAID:]
         except OSError as error:
@@ -157,6 +160,9 @@ class Server:
         assert self._process is not None
         code = self._process.wait()
         if not self._closing:
+            self._last_words = self.said()
+            # This process may be about to leave too.
+            shutil.rmtree(self.folder, ignore_errors=True)
             say("serve", f"vLLM's server has ended with {code}; it said\n{self.said()}")
             if self._on_end is not None:
                 self._on_end()

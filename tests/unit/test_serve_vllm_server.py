@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -34,11 +35,15 @@ def gone(pid: int) -> bool:
         return True
 
 
-def wait_until_gone(*pids: int) -> None:
+def wait_until(true: Callable[[], bool]) -> None:
     deadline = time.monotonic() + TIMEOUT_S
-    while not all(map(gone, pids)):
-        assert time.monotonic() < deadline, f"one of {pids} lives on"
+    while not true():
+        assert time.monotonic() < deadline, "it took too long"
         time.sleep(0.05)
+
+
+def wait_until_gone(*pids: int) -> None:
+    wait_until(lambda: all(map(gone, pids)))
 
 
 @pytest.fixture
@@ -65,15 +70,16 @@ def test_nothing_outlives_a_replica_that_is_killed(
     starter.kill()
     starter.wait()
     wait_until_gone(*pids, supervisor.pid)
-    assert not folder.exists()
+    wait_until(lambda: not folder.exists())
 
 
 def test_what_a_dead_server_had_started_does_not_outlive_it(
     started: tuple[subprocess.Popen[str], Path, list[int]],
 ) -> None:
-    starter, _, (child, server) = started
+    starter, folder, (child, server) = started
     psutil.Process(server).send_signal(signal.SIGKILL)
     wait_until_gone(child, server)
+    wait_until(lambda: not folder.exists())
     starter.kill()
     starter.wait()
 
