@@ -19,6 +19,7 @@ from rich.text import Text
 from core.config import Config
 from core.errors import EXIT_DONE, EXIT_FAILURE, UserError
 from core.runtime.job import guarded
+from serve.text import Span
 
 if TYPE_CHECKING:
     from serve.local_chat import LocalChat
@@ -35,7 +36,7 @@ class Chat:
         self.figures: dict[str, Any] = {}
         self._client, self._settings = client, {"model": model, **settings}
 
-    def ask(self, text: str) -> Iterator[tuple[str, bool]]:
+    def ask(self, text: str) -> Iterator[Span]:
         """Yields spans of the answer; the question is kept only if it was answered.
 
         Raises:

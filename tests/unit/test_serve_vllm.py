@@ -132,7 +132,7 @@ def test_what_the_drafts_brought_is_told_and_no_more() -> None:
     assert last.tree_size == 4.0
     for event in events:
         if isinstance(event, Progressed):
-            assert event.tree_size is event.num_guessed is event.seconds is None
+            assert (event.tree_size, event.num_guessed, event.seconds) == (None, None, None)
             assert all(guessed is None for _, guessed in event.spans)
 
 
