@@ -32,6 +32,7 @@ from serve.models import Served
 from serve.replica import RETRY_AFTER_S, DecoderReplica
 from serve.retry import ReplicaLostError, lost_for_good
 from serve.routing import PrefixRouter
+from serve.vllm.replica import VllmReplica, leave
 
 # Deployments; with several models, one of each a model: see `deployment_name`.
 DECODER = "Decoder"
@@ -46,6 +47,11 @@ GRACEFUL_SHUTDOWN_S = 600.0
 METRICS_EVERY_S, LOOK_BACK_S = 1.0, 10.0
 # Failed starts before a deployment is given up. A broken config fails every time.
 MAX_STARTS = 2
+
+HEAD_IS_FIXED = (
+    "vLLM reads its draft head when it starts, so serve.backend=vllm cannot change it at work; set "
+    "draft.path in the configuration and have the server read it again (kill -HUP)"
+)
 
 logger = logging.getLogger("ray.serve")
 
@@ -101,6 +107,13 @@ class ServedReplica(DecoderReplica):
 
     def __init__(self, config: Config, desk: DeploymentHandle) -> None:
         super().__init__(config, desk.report.remote)
+
+
+class ServedVllmReplica(VllmReplica):
+    """One that vLLM decodes for; when vLLM's server dies, so does the replica."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config, on_end=leave)
 
 
 class ServedDesk:
@@ -244,20 +257,25 @@ def deployment_name(kind: str, model: str, config: Config) -> str:
 
 def _model(name: str, one: Config, whole: Config) -> tuple[Any, Any, ServeConfig]:
     """The deployments of a model, and its own section serve."""
+    by_vllm = one.serve.backend == "vllm"
     desk: Any = ray_serve.deployment(
         HeadDesk, name=deployment_name(DESK, name, whole), ray_actor_options={"num_cpus": 0}
     )
     head_desk = desk.bind(
-        one.draft.path, rounds=one.serve.canary_rounds, gain=one.serve.canary_gain
+        one.draft.path,
+        rounds=one.serve.canary_rounds,
+        gain=one.serve.canary_gain,
+        fixed=HEAD_IS_FIXED if by_vllm else None,
     )
     decoder = _decoder(deployment_name(DECODER, name, whole), one)
-    return decoder.bind(one, head_desk), head_desk, one.serve
+    decoders = decoder.bind(one) if by_vllm else decoder.bind(one, head_desk)
+    return decoders, head_desk, one.serve
 
 
 def _decoder(name: str, config: Config) -> Any:
     settings, decode = config.serve, config.decode
     return ray_serve.deployment(
-        ServedReplica,
+        ServedVllmReplica if settings.backend == "vllm" else ServedReplica,
         name=name,
         ray_actor_options={
             "num_cpus": settings.cpus_per_replica,

@@ -82,7 +82,8 @@ def start(config: Config) -> None:
 def deploy(config: Config) -> None:
     """Bring a configuration into service, in place of another one if there is one."""
     for name, one in config.served_models().items():
-        measuring = one.draft.path and one.decode.total_tokens == "auto"
+        own = one.serve.backend == "aerie"
+        measuring = own and one.draft.path and one.decode.total_tokens == "auto"
         adapted = f" with {one.target.adapter}" if one.target.adapter else ""
         say(
             NAME,
