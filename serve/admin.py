@@ -9,6 +9,7 @@ from fastapi.responses import JSONResponse
 from pydantic import Field
 
 from core.errors import ConfigError, InputError
+from serve.description import GUARDED, answers
 from serve.desk import Desk, shown_decision
 from serve.errors import ApiError
 from serve.fields import Body, Unicode
@@ -27,12 +28,12 @@ class DraftRequest(Body):
 def add_admin(api: FastAPI, desk: Desk) -> None:
     """Add the routes."""
 
-    @api.get("/admin/draft")
+    @api.get("/admin/draft", responses=answers(None, *GUARDED, 403))
     async def drafts() -> dict[str, Any]:
         """The head in use, the one on trial, and what came of earlier ones."""
         return await desk.status()
 
-    @api.post("/admin/draft")
+    @api.post("/admin/draft", responses=answers(None, *GUARDED, 400, 403, 408, 409))
     async def draft(body: DraftRequest) -> JSONResponse:
         """Load a head beside the one in use. Answers when it takes requests, or never will."""
         try:

@@ -10,12 +10,32 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from fastapi import FastAPI
-from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from fastapi.responses import (
+    HTMLResponse,
+    JSONResponse,
+    PlainTextResponse,
+    Response,
+    StreamingResponse,
+)
 
 from core.config import ServeConfig
 from serve.admin import add_admin
 from serve.answers import Answer, Json, model_card, model_list, server_sent
 from serve.completions import CompletionRequest
+from serve.description import (
+    GENERATING,
+    GUARDED,
+    Chat,
+    Completion,
+    DescribedAPI,
+    Detokenized,
+    Generated,
+    Health,
+    ModelCard,
+    ModelList,
+    Tokenized,
+    answers,
+)
 from serve.desk import Desk
 from serve.errors import EXCEPTION_HANDLERS, ApiError, internal_error
 from serve.generation import (
@@ -72,7 +92,7 @@ Ask = Callable[[Generation, bool], AsyncGenerator[Event, None]]
 
 def build_api(backend: Backend, desk: Desk, config: ServeConfig) -> FastAPI:
     """All routes; `backend` answers them, those of /admin `desk`."""
-    api = FastAPI(
+    api = DescribedAPI(
         title="Aerie",
         summary="A speculative decoder that speaks OpenAI's and TGI's protocols.",
         # Their pages would load scripts from elsewhere; /openapi.json stays.
@@ -133,14 +153,14 @@ def _add_pages(api: FastAPI, backend: Backend, metrics: Metrics) -> None:
         """The chat page."""
         return HTMLResponse(text, headers={"Content-Security-Policy": PAGE_POLICY})
 
-    @api.get("/health")
+    @api.get("/health", responses={status: {"model": Health} for status in (200, 503)})
     async def health() -> JSONResponse:
         """200 while at least one decoder replica runs, else 503."""
         running = await backend.running()
         body = {"status": "ok" if running else "starting", "replicas": running}
         return JSONResponse(body, status_code=200 if running else 503)
 
-    @api.get("/metrics", response_class=Response)
+    @api.get("/metrics", response_class=PlainTextResponse)
     async def show_metrics() -> Response:
         """Counts and latencies in Prometheus's format."""
         return Response(metrics.text(), media_type=CONTENT_TYPE)
@@ -149,24 +169,36 @@ def _add_pages(api: FastAPI, backend: Backend, metrics: Metrics) -> None:
 def _add_openai(api: FastAPI, ask: Ask, config: ServeConfig) -> None:
     name, created = config.model_name, int(time.time())
 
-    @api.get("/v1/models")
+    @api.get("/v1/models", response_model=None, responses=answers(ModelList, *GUARDED))
     async def models() -> dict[str, Any]:
         """The one model that is served."""
         return model_list(name, created)
 
-    @api.get("/v1/models/{model:path}")
+    @api.get(
+        "/v1/models/{model:path}",
+        response_model=None,
+        responses=answers(ModelCard, *GUARDED, 404),
+    )
     async def model(model: str) -> dict[str, Any]:
         """A model by its name."""
         _check_model(model, name)
         return model_card(name, created)
 
-    @api.post("/v1/chat/completions", response_model=None)
+    @api.post(
+        "/v1/chat/completions",
+        response_model=None,
+        responses=answers(Chat, *GENERATING, stream=True),
+    )
     async def chat(body: ChatRequest) -> Response:
         """Answer a conversation, whole or as a stream of server-sent events."""
         _check_model(body.model, name)
         return await _respond(ask, body.generation(), body.answer(name), body.stream)
 
-    @api.post("/v1/completions", response_model=None)
+    @api.post(
+        "/v1/completions",
+        response_model=None,
+        responses=answers(Completion, *GENERATING, stream=True),
+    )
     async def complete(body: CompletionRequest) -> Response:
         """Go on with a text, whole or as a stream of server-sent events."""
         _check_model(body.model, name)
@@ -174,19 +206,28 @@ def _add_openai(api: FastAPI, ask: Ask, config: ServeConfig) -> None:
 
 
 def _add_tgi(api: FastAPI, ask: Ask) -> None:
-    @api.post("/generate", response_model=None)
+    @api.post(
+        "/generate",
+        response_model=None,
+        responses=answers(Generated, *GENERATING, stream=True),
+    )
     async def generate(body: GenerateRequest) -> Response:
         """Go on with a text, as TGI does."""
-        return await _respond(ask, body.generation(), body.answer(), False)
+        stream = body.stream
+        return await _respond(ask, body.generation(stream=stream), body.answer(), stream)
 
-    @api.post("/generate_stream", response_model=None)
+    @api.post(
+        "/generate_stream",
+        response_class=StreamingResponse,
+        responses=answers(None, *GENERATING, stream=True),
+    )
     async def generate_stream(body: GenerateRequest) -> Response:
         """The same, an event a token."""
         return await _respond(ask, body.generation(stream=True), body.answer(), True)
 
 
 def _add_tokens(api: FastAPI, backend: Backend, config: ServeConfig) -> None:
-    @api.post("/tokenize")
+    @api.post("/tokenize", response_model=None, responses=answers(Tokenized, *GENERATING))
     async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
         """The tokens of a text, or of messages in the chat template."""
         _check_model(body.model or config.model_name, config.model_name)
@@ -195,7 +236,7 @@ def _add_tokens(api: FastAPI, backend: Backend, config: ServeConfig) -> None:
             raise _refused(found)
         return tokenized(list(found.ids), found.longest)
 
-    @api.post("/detokenize")
+    @api.post("/detokenize", response_model=None, responses=answers(Detokenized, *GENERATING))
     async def detokenize(body: DetokenizeRequest) -> dict[str, Any]:
         """The text of tokens."""
         _check_model(body.model or config.model_name, config.model_name)
