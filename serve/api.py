@@ -54,6 +54,7 @@ from serve.guard import Guard
 from serve.metrics import CONTENT_TYPE, Metrics
 from serve.openai_chat import ChatRequest
 from serve.retry import resumed
+from serve.strict_json import StrictRoute
 from serve.tgi import GenerateRequest
 from serve.tokens import DetokenizeRequest, TokenizeRequest, tokenized
 
@@ -101,6 +102,7 @@ def build_api(backend: Backend, desk: Desk, config: ServeConfig) -> FastAPI:
         redirect_slashes=False,
         exception_handlers=EXCEPTION_HANDLERS,  # type: ignore[arg-type]
     )
+    api.router.route_class = StrictRoute
     api.add_middleware(
         Guard,
         hashes=config.api_keys,
