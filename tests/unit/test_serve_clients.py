@@ -133,9 +133,11 @@ def test_a_wrong_field_is_a_bad_request(
 @pytest.mark.parametrize("path", [CHAT, TEXT])
 def test_too_long_a_prompt_is_a_bad_request_with_both_lengths(service: Service, path: str) -> None:
     name = "prompt" if path == TEXT else "messages"
-    long = "x" * 500 if path == TEXT else [{"role": "user", "content": "x" * 500}]
+    text = "x" * 500
+    long: Any = text if path == TEXT else [{"role": "user", "content": text}]
     for stream in (False, True):
-        error = failure(service, path, stream=stream, **{name: long})
+        fields = {name: long, "stream": stream}
+        error = failure(service, path, **fields)
         assert isinstance(error, openai.BadRequestError)
         assert (error.code, error.param) == ("context_length_exceeded", name)
         lengths = set(map(int, re.findall(r"\d+", error.body["message"])))

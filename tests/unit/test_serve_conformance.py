@@ -247,7 +247,7 @@ def ends_at_tgis_strings(service: Service, path: str) -> None:
 
 
 MOST = {"max_new_tokens": 30}
-SAMPLING = {
+SAMPLING: dict[str, Taken | Harmless | Refused] = {
     "frequency_penalty": changing({"frequency_penalty": 2}),
     "logit_bias": changing({"logit_bias": {"40": 100}}),
     "model": Taken(is_the_model),
@@ -356,7 +356,8 @@ def test_a_value_of_another_type_is_refused_by_name(service: Service, path: str,
 @pytest.mark.parametrize(("path", "name"), FIELDS)
 def test_null_is_the_same_as_nothing(service: Service, path: str, name: str) -> None:
     if name in ("messages", "model", "prompt", "inputs"):
-        assert blamed(path, refusal(service, path, **{name: None})) == name
+        nothing: Json = {name: None}
+        assert blamed(path, refusal(service, path, **nothing)) == name
     else:
         limit = {"max_tokens": 6} if path in OPENAI and name != "max_tokens" else {}
         assert text_of(service, path, **limit, **{name: None}).startswith(text_of(service, path))

@@ -15,6 +15,7 @@ import schemathesis
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from schemathesis.checks import CHECKS
+from schemathesis.core.result import Ok
 from schemathesis.specs.openapi.schemas import OpenApiSchema
 
 from serve.fields import MOST_CHOICES
@@ -28,7 +29,7 @@ OPERATIONS = (
     f"POST {CHAT}", f"POST {TEXT}", f"POST {TGI}", "POST /generate_stream", "POST /tokenize",
     "POST /detokenize", "GET /admin/draft", "POST /admin/draft",
 )  # fmt: skip
-CHECKED = CHECKS.get_by_names(
+CHECKED: list[Any] = CHECKS.get_by_names(
     [
         "not_a_server_error",
         "status_code_conformance",
@@ -38,7 +39,7 @@ CHECKED = CHECKS.get_by_names(
         "negative_data_rejection",
     ]
 )
-FEW, MANY = 20, 2_000
+FEW, MANY = 20, 1_000
 TIMEOUT_S = 120
 # What an answer is kept to: a description has no word for the time that one takes.
 MOST_TOKENS, MOST_ANSWERS = 4, 3
@@ -99,8 +100,9 @@ def shorten(case: schemathesis.Case) -> None:
 
 
 def test_every_operation_is_explored(described: OpenApiSchema) -> None:
-    found = {operation.ok().label for operation in described.get_all_operations()}
-    assert found == set(OPERATIONS)
+    found = list(described.get_all_operations())
+    labels = {one.ok().label for one in found if isinstance(one, Ok)}
+    assert len(labels) == len(found) and labels == set(OPERATIONS)
 
 
 def test_a_wrong_body_is_never_described_as_a_422(described: OpenApiSchema) -> None:
