@@ -8,12 +8,32 @@ from contextlib import aclosing
 from typing import Any
 
 from fastapi import FastAPI
-from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from fastapi.responses import (
+    HTMLResponse,
+    JSONResponse,
+    PlainTextResponse,
+    Response,
+    StreamingResponse,
+)
 
 from core.config import ServeConfig
 from serve.admin import add_admin
 from serve.answers import Answer, Json, model_card, model_list, server_sent
 from serve.completions import CompletionRequest
+from serve.description import (
+    GENERATING,
+    GUARDED,
+    Chat,
+    Completion,
+    DescribedAPI,
+    Detokenized,
+    Generated,
+    Health,
+    ModelCard,
+    ModelList,
+    Tokenized,
+    answers,
+)
 from serve.errors import EXCEPTION_HANDLERS, ApiError, internal_error
 from serve.generation import (
     Accepted,
@@ -29,6 +49,7 @@ from serve.metrics import CONTENT_TYPE, Registry
 from serve.models import Model, Models, Served
 from serve.openai_chat import ChatRequest
 from serve.page import chat_page
+from serve.strict_json import StrictRoute
 from serve.tgi import GenerateRequest
 from serve.tokens import DetokenizeRequest, TokenizeRequest, tokenized
 
@@ -42,7 +63,7 @@ def build_api(served: Sequence[Served], config: ServeConfig) -> FastAPI:
         served: the models; the first one answers requests that name none.
         config: of the HTTP service, which they share.
     """
-    api = FastAPI(
+    api = DescribedAPI(
         title="Aerie",
         summary="A speculative decoder that speaks OpenAI's and TGI's protocols.",
         # Their pages would load scripts from elsewhere; /openapi.json stays.
@@ -51,6 +72,7 @@ def build_api(served: Sequence[Served], config: ServeConfig) -> FastAPI:
         redirect_slashes=False,
         exception_handlers=EXCEPTION_HANDLERS,  # type: ignore[arg-type]
     )
+    api.router.route_class = StrictRoute
     api.add_middleware(
         Guard,
         hashes=config.api_keys,
@@ -76,7 +98,7 @@ def _add_pages(api: FastAPI, models: Models, registry: Registry) -> None:
         """The chat page."""
         return HTMLResponse(chat.text, headers={"Content-Security-Policy": chat.policy})
 
-    @api.get("/health")
+    @api.get("/health", responses={status: {"model": Health} for status in (200, 503)})
     async def health() -> JSONResponse:
         """200 while every model has a decoder replica or may do without one, else 503."""
         found = await models.health()
@@ -90,7 +112,7 @@ def _add_pages(api: FastAPI, models: Models, registry: Registry) -> None:
         }
         return JSONResponse(body, status_code=503 if "starting" in states else 200)
 
-    @api.get("/metrics", response_class=Response)
+    @api.get("/metrics", response_class=PlainTextResponse)
     async def show_metrics() -> Response:
         """Counts and latencies in Prometheus's format."""
         return Response(registry.text(), media_type=CONTENT_TYPE)
@@ -99,23 +121,35 @@ def _add_pages(api: FastAPI, models: Models, registry: Registry) -> None:
 def _add_openai(api: FastAPI, models: Models) -> None:
     created = int(time.time())
 
-    @api.get("/v1/models")
+    @api.get("/v1/models", response_model=None, responses=answers(ModelList, *GUARDED))
     async def list_models() -> dict[str, Any]:
         """All that are served; the first one answers requests that name none."""
         return model_list(models.names, created)
 
-    @api.get("/v1/models/{model:path}")
+    @api.get(
+        "/v1/models/{model:path}",
+        response_model=None,
+        responses=answers(ModelCard, *GUARDED, 404),
+    )
     async def model(model: str) -> dict[str, Any]:
         """A model by its name."""
         return model_card(models.named(model).name, created)
 
-    @api.post("/v1/chat/completions", response_model=None)
+    @api.post(
+        "/v1/chat/completions",
+        response_model=None,
+        responses=answers(Chat, *GENERATING, stream=True),
+    )
     async def chat(body: ChatRequest) -> Response:
         """Answer a conversation, whole or as a stream of server-sent events."""
         model = models.named(body.model)
         return await _respond(model, body.generation(), body.answer(model.name), body.stream)
 
-    @api.post("/v1/completions", response_model=None)
+    @api.post(
+        "/v1/completions",
+        response_model=None,
+        responses=answers(Completion, *GENERATING, stream=True),
+    )
     async def complete(body: CompletionRequest) -> Response:
         """Go on with a text, whole or as a stream of server-sent events."""
         model = models.named(body.model)
@@ -124,12 +158,21 @@ def _add_openai(api: FastAPI, models: Models) -> None:
 
 def _add_tgi(api: FastAPI, models: Models) -> None:
     # TGI's requests name no model.
-    @api.post("/generate", response_model=None)
+    @api.post(
+        "/generate",
+        response_model=None,
+        responses=answers(Generated, *GENERATING, stream=True),
+    )
     async def generate(body: GenerateRequest) -> Response:
         """Go on with a text, as TGI does."""
-        return await _respond(models.named(None), body.generation(), body.answer(), False)
+        generation = body.generation(stream=body.stream)
+        return await _respond(models.named(None), generation, body.answer(), body.stream)
 
-    @api.post("/generate_stream", response_model=None)
+    @api.post(
+        "/generate_stream",
+        response_class=StreamingResponse,
+        responses=answers(None, *GENERATING, stream=True),
+    )
     async def generate_stream(body: GenerateRequest) -> Response:
         """The same, an event a token."""
         generation = body.generation(stream=True)
@@ -137,7 +180,7 @@ def _add_tgi(api: FastAPI, models: Models) -> None:
 
 
 def _add_tokens(api: FastAPI, models: Models) -> None:
-    @api.post("/tokenize")
+    @api.post("/tokenize", response_model=None, responses=answers(Tokenized, *GENERATING))
     async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
         """The tokens of a text, or of messages in the chat template."""
         found = await models.named(body.model or None).tokenize(body.what, body.field)
@@ -145,7 +188,7 @@ def _add_tokens(api: FastAPI, models: Models) -> None:
             raise _refused(found)
         return tokenized(list(found.ids), found.longest)
 
-    @api.post("/detokenize")
+    @api.post("/detokenize", response_model=None, responses=answers(Detokenized, *GENERATING))
     async def detokenize(body: DetokenizeRequest) -> dict[str, Any]:
         """The text of tokens."""
         found = await models.named(body.model or None).detokenize(tuple(body.tokens))

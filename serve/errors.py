@@ -13,6 +13,9 @@ from starlette.exceptions import HTTPException
 
 logger = logging.getLogger("ray.serve")
 
+# pydantic's type of a problem that `serve.fields.field_problem` makes.
+FIELD_PROBLEM = "field_problem"
+
 # OpenAI's `type` of an error by its status; all others are the request's own fault.
 KINDS = {429: "rate_limit_error", 500: "server_error", 503: "server_error"}
 
@@ -64,21 +67,27 @@ class ApiError(Exception):
 
 def validation_error(problems: Sequence[Any]) -> ApiError:
     """pydantic's findings as one error; never repeats what was sent, which may be large."""
-    messages, param = [], None
+    messages, param, code = [], None, None
     for problem in problems[:5]:
         location = [str(part)[:100] for part in problem["loc"] if not _is_tag(part)]
+        if problem["type"] == FIELD_PROBLEM:
+            location.append(problem["ctx"]["field"])
+            code = code or problem["ctx"]["code"]
         param = param or (".".join(location) or None)
         if problem["type"] == "json_invalid":
             messages.append(f"the body is not valid JSON: {problem['ctx']['error']}")
         elif problem["type"] == "extra_forbidden":
             messages.append(f"unknown field {'.'.join(location)!r}; remove it")
+        elif problem["type"] == FIELD_PROBLEM:
+            messages.append(problem["ctx"]["message"])
         elif problem["type"] == "value_error":
             where = f"{'.'.join(location)}: " if location else ""
             messages.append(f"{where}{problem['ctx']['error']}")
         else:
             messages.append(f"{'.'.join(location) or 'the body'}: {problem['msg']}")
     message = "; ".join(messages).encode(errors="replace").decode()
-    return ApiError(400, message, param=param and param.encode(errors="replace").decode())
+    param = param and param.encode(errors="replace").decode()
+    return ApiError(400, message, param=param, code=code)
 
 
 def _is_tag(part: int | str) -> bool:
