@@ -62,6 +62,7 @@ class DecoderReplicas:
     def __init__(self, handle: DeploymentHandle, retries: int) -> None:
         self._handle, self._retries = handle, retries
         self._streaming = handle.options(stream=True)
+        self._last_known = 0
 
     async def generate(self, request: Generation) -> AsyncGenerator[Event, None]:
         """A replica's events. Closing this, as a lost client does, stops the generation."""
@@ -89,7 +90,10 @@ class DecoderReplicas:
     async def running(self) -> int:
         """How many replicas run."""
         handle = self._handle
-        return await asyncio.to_thread(running_replicas, handle.app_name, handle.deployment_name)
+        told = await asyncio.to_thread(running_replicas, handle.app_name, handle.deployment_name)
+        if told is not None:
+            self._last_known = told
+        return self._last_known
 
     async def _ask(self, method: Any, *arguments: Any) -> Any:
         for _ in range(self._retries + 1):
@@ -173,12 +177,18 @@ def _api_error(error: Exception) -> ApiError:
     return internal_error()
 
 
-def running_replicas(application: str, deployment: str) -> int:
-    """As Serve's controller counts them."""
-    applications = ray_serve.status().applications
-    if application not in applications or deployment not in applications[application].deployments:
+def running_replicas(application: str, deployment: str) -> int | None:
+    """As Serve's controller counts them.
+
+    None where it does not say: after a `serve deploy` that failed, it names no deployments until
+    the next one, though those there are go on.
+    """
+    found = ray_serve.status().applications.get(application)
+    if found is None or not found.deployments:
+        return None
+    if deployment not in found.deployments:
         return 0
-    return applications[application].deployments[deployment].replica_states.get("RUNNING", 0)
+    return found.deployments[deployment].replica_states.get("RUNNING", 0)
 
 
 @ray_serve.deployment(

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import aclosing
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray import serve as ray_serve
 from ray.serve.exceptions import BackPressureError
 
 from serve.app import DecoderReplicas
@@ -37,6 +39,8 @@ class Response:
 
 class Handle:
     """A handle all of whose calls get one response."""
+
+    app_name, deployment_name = "aerie", "Decoder"
 
     def __init__(self, response: Response) -> None:
         self.response = response
@@ -80,3 +84,15 @@ def test_what_nobody_waits_for_is_cancelled(whole: bool) -> None:
 
     assert len(asyncio.run(work())) == (2 if whole else 1)
     assert response.cancelled == (not whole)
+
+
+def test_replicas_go_on_where_serve_does_not_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a deploy that failed it names the application without its deployments."""
+    decoder = SimpleNamespace(replica_states={"RUNNING": 2, "STARTING": 1})
+    found = [{"Decoder": decoder, "Ingress": None}, {}, {"Ingress": None}]
+    statuses = iter(
+        SimpleNamespace(applications={"aerie": SimpleNamespace(deployments=one)}) for one in found
+    )
+    monkeypatch.setattr(ray_serve, "status", lambda: next(statuses))
+    asked = replicas(Response(None))
+    assert [asyncio.run(asked.running()) for _ in found] == [2, 2, 0]
