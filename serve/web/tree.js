@@ -132,7 +132,8 @@ class TreeView {
     this.place.textContent = `${number} of ${this.trees.length}`;
     this.round.setAttribute("aria-valuetext", `${number} of ${this.trees.length}. ${summary(tree)}`);
     this.said.textContent = summary(tree);
-    const end = layout.nodes.at(-1);  // the model's own token, if there is one: where the path ends
+    // Where the accepted path ends is what is to be seen.
+    const end = tree.bonus === null ? layout.nodes[tree.accepted.at(-1)] : layout.nodes.at(-1);
     this.canvas.scrollTop = end.middle - this.canvas.clientHeight / 2;
     this.canvas.scrollLeft = end.left + widthOf(end.shown) + GAP - this.canvas.clientWidth;
   }

@@ -41,7 +41,11 @@ FOCUS = """() => {
 TREE = """() => {
     const tree = document.querySelector("#tree");
     const count = (found) => tree.querySelectorAll(found).length;
+    const ends = [...tree.querySelectorAll("g.root, g.kept"), ...tree.querySelectorAll("g.own")];
+    const end = ends.at(-1).getBoundingClientRect();
+    const frame = tree.querySelector("#canvas").getBoundingClientRect();
     return {
+        seen: end.top >= frame.top && end.bottom <= frame.bottom && end.right <= frame.right,
         kept: count("g.kept"), own: count("g.own"), root: count("g.root"),
         edges: count("path.kept"),
         place: tree.querySelector("#place").textContent,
@@ -188,6 +192,7 @@ def check_tree(page: Page) -> None:
         assert shown["edges"] == kept + own and own <= 1 and shown["root"] == 1
         assert f"the model kept {kept or 'none'}" in said or "no tokens were guessed" in said
         assert said in shown["label"], "what is drawn is also told"
+        assert shown["seen"], "the end of the accepted path is in sight"
         most = max(most, kept)
         page.keyboard.press("ArrowRight")
     assert most > 0, "no accepted path"
