@@ -11,9 +11,10 @@ function svg(tag, attributes, ...children) {
   return node;
 }
 
-// A token as it is drawn: white space can be seen, and a long one is cut.
+// A token as it is drawn: white space and control characters can be seen, and a long one is cut.
 function label(text) {
-  const shown = [...text.replace(/ /g, "·").replace(/\n/g, "↵").replace(/\t/g, "⇥")];
+  const seen = { " ": "·", "\n": "↵", "\t": "⇥", "\x7f": "␡" };
+  const shown = [...text].map((one) => seen[one] ?? (one < " " ? String.fromCodePoint(0x2400 + one.codePointAt(0)) : one));
   return (shown.length > LONGEST ? [...shown.slice(0, LONGEST - 1), "…"] : shown).join("") || "∅";
 }
 

@@ -42,7 +42,7 @@ TREE = """() => {
     const tree = document.querySelector("#tree");
     const count = (found) => tree.querySelectorAll(found).length;
     const ends = [...tree.querySelectorAll("g.root, g.kept"), ...tree.querySelectorAll("g.own")];
-    const end = ends.at(-1).getBoundingClientRect();
+    const end = ends.at(-1).querySelector("rect").getBoundingClientRect();
     const frame = tree.querySelector("#canvas").getBoundingClientRect();
     return {
         seen: end.top >= frame.top && end.bottom <= frame.bottom && end.right <= frame.right,
@@ -192,7 +192,7 @@ def check_tree(page: Page) -> None:
         assert shown["edges"] == kept + own and own <= 1 and shown["root"] == 1
         assert f"the model kept {kept or 'none'}" in said or "no tokens were guessed" in said
         assert said in shown["label"], "what is drawn is also told"
-        assert shown["seen"], "the end of the accepted path is in sight"
+        assert shown["seen"], f"the accepted path's end is out of sight: {shown}"
         most = max(most, kept)
         page.keyboard.press("ArrowRight")
     assert most > 0, "no accepted path"
