@@ -11,6 +11,7 @@ import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from safetensors import SafetensorError
 
@@ -58,23 +59,34 @@ def resolve_path(location: str, *, field: str) -> Path:
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file so that a reader sees the old content or the new, never a part.
 
-    The temporary name is random, so that several writers, on other nodes too, do not share one.
-
     Raises:
         ResourceError: the disk is full; nothing is left behind.
     """
-    with naming_a_full_disk(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}{TEMPORARY}")
-        try:
+    with file_written_aside(path) as file:
+        file.write(content)
+
+
+@contextlib.contextmanager
+def file_written_aside(path: Path) -> Iterator[BinaryIO]:
+    """A new file to write to, which replaces `path` at the end; on an error it vanishes.
+
+    The temporary name is random, so that several writers, on other nodes too, do not share one.
+
+    Raises:
+        ResourceError: the disk is full.
+    """
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}{TEMPORARY}")
+    try:
+        with naming_a_full_disk(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
             with aside.open("wb") as file:
-                file.write(content)
+                yield file
                 file.flush()
                 os.fsync(file.fileno())
             aside.replace(path)
-        except OSError:
-            aside.unlink(missing_ok=True)
-            raise
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
 
 
 @contextlib.contextmanager

@@ -9,32 +9,35 @@ from fastapi.responses import JSONResponse
 from pydantic import Field
 
 from core.errors import ConfigError, InputError
-from serve.desk import Desk, shown_decision
+from serve.desk import shown_decision
 from serve.errors import ApiError
 from serve.fields import Body, Unicode
+from serve.models import Models
 
 # A call waits so long for the replicas to load a head; they go on after that.
 LOADING_S = 300.0
 
 
 class DraftRequest(Body):
-    """A head to use, at once or after a trial."""
+    """A head to use, at once or after a trial; without `model`, of the first one."""
 
+    model: Unicode | None = None
     path: Unicode = Field(min_length=1, max_length=4096)
     canary: float | None = Field(None, gt=0, lt=1, description="share of the requests")
 
 
-def add_admin(api: FastAPI, desk: Desk) -> None:
+def add_admin(api: FastAPI, models: Models) -> None:
     """Add the routes."""
 
     @api.get("/admin/draft")
-    async def drafts() -> dict[str, Any]:
-        """The head in use, the one on trial, and what came of earlier ones."""
-        return await desk.status()
+    async def drafts(model: str | None = None) -> dict[str, Any]:
+        """A model's head in use, the one on trial, and what came of earlier ones."""
+        return await models.named(model).desk.status()
 
     @api.post("/admin/draft")
     async def draft(body: DraftRequest) -> JSONResponse:
         """Load a head beside the one in use. Answers when it takes requests, or never will."""
+        desk = models.named(body.model).desk
         try:
             head = await desk.propose(body.path, body.canary)
         except InputError as error:

@@ -194,9 +194,9 @@ def server_sent(content: Json | str) -> str:
     return f"data: {text}\n\n"
 
 
-def model_list(name: str, created: int) -> Json:
+def model_list(names: Sequence[str], created: int) -> Json:
     """Body of `GET /v1/models`."""
-    return {"object": "list", "data": [model_card(name, created)]}
+    return {"object": "list", "data": [model_card(name, created) for name in names]}
 
 
 def model_card(name: str, created: int) -> Json:

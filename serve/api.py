@@ -2,11 +2,10 @@
 
 # No `from __future__ import annotations`: FastAPI reads the types of the routes at run time.
 
-import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from typing import Any, Protocol
+from typing import Any
 
 from fastapi import FastAPI
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
@@ -15,57 +14,34 @@ from core.config import ServeConfig
 from serve.admin import add_admin
 from serve.answers import Answer, Json, model_card, model_list, server_sent
 from serve.completions import CompletionRequest
-from serve.desk import Desk
 from serve.errors import EXCEPTION_HANDLERS, ApiError, internal_error
 from serve.generation import (
     Accepted,
     Event,
-    Failed,
     Finished,
     Generation,
     Progressed,
-    Prompt,
     Rejected,
     Restarted,
-    Tokens,
 )
 from serve.guard import Guard
-from serve.metrics import CONTENT_TYPE, Metrics
+from serve.metrics import CONTENT_TYPE, Registry
+from serve.models import Model, Models, Served
 from serve.openai_chat import ChatRequest
 from serve.page import chat_page
-from serve.retry import resumed
 from serve.tgi import GenerateRequest
 from serve.tokens import DetokenizeRequest, TokenizeRequest, tokenized
 
 STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
-class Backend(Protocol):
-    """Decoder replicas, as the interface sees them."""
+def build_api(served: Sequence[Served], config: ServeConfig) -> FastAPI:
+    """All routes.
 
-    def generate(self, request: Generation) -> AsyncGenerator[Event, None]:
-        """A replica's events; closing it stops the generation.
-
-        Raises:
-            ReplicaLostError: the replica died.
-        """
-
-    async def tokenize(self, prompt: Prompt, field: str) -> Tokens | Rejected:
-        """The tokens that a prompt is read as."""
-
-    async def detokenize(self, token_ids: tuple[int, ...]) -> str | Rejected:
-        """The text of tokens."""
-
-    async def running(self) -> int:
-        """How many replicas run."""
-
-
-Ask = Callable[[Generation, bool], AsyncGenerator[Event, None]]
-"""The events of a request, which are streamed to the client or not."""
-
-
-def build_api(backend: Backend, desk: Desk, config: ServeConfig) -> FastAPI:
-    """All routes; `backend` answers them, those of /admin `desk`."""
+    Args:
+        served: the models; the first one answers requests that name none.
+        config: of the HTTP service, which they share.
+    """
     api = FastAPI(
         title="Aerie",
         summary="A speculative decoder that speaks OpenAI's and TGI's protocols.",
@@ -82,44 +58,17 @@ def build_api(backend: Backend, desk: Desk, config: ServeConfig) -> FastAPI:
         max_bytes=config.max_request_bytes,
         per_minute=config.requests_per_minute,
     )
-    metrics = Metrics(config.model_name)
-
-    def ask(request: Generation, streamed: bool) -> AsyncGenerator[Event, None]:
-        events = resumed(backend.generate, request, streamed=streamed, retries=config.retries)
-        return _until(metrics.watched(events), config.deadline_s)
-
-    _add_pages(api, backend, metrics)
-    _add_openai(api, ask, config)
-    _add_tgi(api, ask)
-    _add_tokens(api, backend, config)
-    add_admin(api, desk)
+    registry = Registry()
+    models = Models(served, registry)
+    _add_pages(api, models, registry)
+    _add_openai(api, models)
+    _add_tgi(api, models)
+    _add_tokens(api, models)
+    add_admin(api, models)
     return api
 
 
-async def _until(
-    events: AsyncGenerator[Event, None], seconds: float
-) -> AsyncGenerator[Event, None]:
-    """The events; an error where the time is up or the decoder failed."""
-    deadline = asyncio.get_running_loop().time() + seconds
-    async with aclosing(events):
-        while True:
-            try:
-                async with asyncio.timeout_at(deadline):
-                    event = await anext(events)
-            except StopAsyncIteration:
-                return
-            except TimeoutError:
-                raise ApiError(
-                    408,
-                    f"the answer took longer than {seconds:g} seconds; ask for fewer tokens",
-                    code="deadline_exceeded",
-                ) from None
-            if isinstance(event, Failed):
-                raise internal_error(event.message)
-            yield event
-
-
-def _add_pages(api: FastAPI, backend: Backend, metrics: Metrics) -> None:
+def _add_pages(api: FastAPI, models: Models, registry: Registry) -> None:
     chat = chat_page()
 
     @api.get("/", response_class=HTMLResponse)
@@ -129,62 +78,69 @@ def _add_pages(api: FastAPI, backend: Backend, metrics: Metrics) -> None:
 
     @api.get("/health")
     async def health() -> JSONResponse:
-        """200 while at least one decoder replica runs, else 503."""
-        running = await backend.running()
-        body = {"status": "ok" if running else "starting", "replicas": running}
-        return JSONResponse(body, status_code=200 if running else 503)
+        """200 while every model has a decoder replica or may do without one, else 503."""
+        found = await models.health()
+        states = {one.state for one in found.values()}
+        body = {
+            "status": next(state for state in ("starting", "ok", "idle") if state in states),
+            "replicas": sum(one.replicas for one in found.values()),
+            "models": {
+                name: {"status": one.state, "replicas": one.replicas} for name, one in found.items()
+            },
+        }
+        return JSONResponse(body, status_code=503 if "starting" in states else 200)
 
     @api.get("/metrics", response_class=Response)
     async def show_metrics() -> Response:
         """Counts and latencies in Prometheus's format."""
-        return Response(metrics.text(), media_type=CONTENT_TYPE)
+        return Response(registry.text(), media_type=CONTENT_TYPE)
 
 
-def _add_openai(api: FastAPI, ask: Ask, config: ServeConfig) -> None:
-    name, created = config.model_name, int(time.time())
+def _add_openai(api: FastAPI, models: Models) -> None:
+    created = int(time.time())
 
     @api.get("/v1/models")
-    async def models() -> dict[str, Any]:
-        """The one model that is served."""
-        return model_list(name, created)
+    async def list_models() -> dict[str, Any]:
+        """All that are served; the first one answers requests that name none."""
+        return model_list(models.names, created)
 
     @api.get("/v1/models/{model:path}")
     async def model(model: str) -> dict[str, Any]:
         """A model by its name."""
-        _check_model(model, name)
-        return model_card(name, created)
+        return model_card(models.named(model).name, created)
 
     @api.post("/v1/chat/completions", response_model=None)
     async def chat(body: ChatRequest) -> Response:
         """Answer a conversation, whole or as a stream of server-sent events."""
-        _check_model(body.model, name)
-        return await _respond(ask, body.generation(), body.answer(name), body.stream)
+        model = models.named(body.model)
+        return await _respond(model, body.generation(), body.answer(model.name), body.stream)
 
     @api.post("/v1/completions", response_model=None)
     async def complete(body: CompletionRequest) -> Response:
         """Go on with a text, whole or as a stream of server-sent events."""
-        _check_model(body.model, name)
-        return await _respond(ask, body.generation(), body.answer(name), body.stream)
+        model = models.named(body.model)
+        return await _respond(model, body.generation(), body.answer(model.name), body.stream)
 
 
-def _add_tgi(api: FastAPI, ask: Ask) -> None:
+def _add_tgi(api: FastAPI, models: Models) -> None:
+    # TGI's requests name no model.
     @api.post("/generate", response_model=None)
     async def generate(body: GenerateRequest) -> Response:
         """Go on with a text, as TGI does."""
-        return await _respond(ask, body.generation(), body.answer(), False)
+        return await _respond(models.named(None), body.generation(), body.answer(), False)
 
     @api.post("/generate_stream", response_model=None)
     async def generate_stream(body: GenerateRequest) -> Response:
         """The same, an event a token."""
-        return await _respond(ask, body.generation(stream=True), body.answer(), True)
+        generation = body.generation(stream=True)
+        return await _respond(models.named(None), generation, body.answer(), True)
 
 
-def _add_tokens(api: FastAPI, backend: Backend, config: ServeConfig) -> None:
+def _add_tokens(api: FastAPI, models: Models) -> None:
     @api.post("/tokenize")
     async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
         """The tokens of a text, or of messages in the chat template."""
-        _check_model(body.model or config.model_name, config.model_name)
-        found = await backend.tokenize(body.what, body.field)
+        found = await models.named(body.model or None).tokenize(body.what, body.field)
         if isinstance(found, Rejected):
             raise _refused(found)
         return tokenized(list(found.ids), found.longest)
@@ -192,25 +148,14 @@ def _add_tokens(api: FastAPI, backend: Backend, config: ServeConfig) -> None:
     @api.post("/detokenize")
     async def detokenize(body: DetokenizeRequest) -> dict[str, Any]:
         """The text of tokens."""
-        _check_model(body.model or config.model_name, config.model_name)
-        found = await backend.detokenize(tuple(body.tokens))
+        found = await models.named(body.model or None).detokenize(tuple(body.tokens))
         if isinstance(found, Rejected):
             raise _refused(found)
         return {"prompt": found}
 
 
-def _check_model(name: str, served: str) -> None:
-    if name != served:
-        raise ApiError(
-            404,
-            f"the model {name[:200]!r} does not exist; this server has {served!r}",
-            param="model",
-            code="model_not_found",
-        )
-
-
-async def _respond(ask: Ask, request: Generation, answer: Answer, stream: bool) -> Response:
-    events = ask(request, stream)
+async def _respond(model: Model, request: Generation, answer: Answer, stream: bool) -> Response:
+    events = model.ask(request, stream)
     try:
         answer.prompt_tokens = await _prompt_tokens(events)
     except BaseException:

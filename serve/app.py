@@ -9,7 +9,7 @@ binds the name `serve` anew.
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from typing import Any
 
 from fastapi import FastAPI
@@ -20,17 +20,20 @@ from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
 
 from core.config import Config, DecodeConfig, ServeConfig
-from core.errors import ConfigError
+from core.errors import UserError
 from serve.api import build_api
+from serve.arguments import Arguments, RefusedError
 from serve.autoscaling import BacklogPolicy
 from serve.desk import Decision, Head, HeadDesk
 from serve.errors import ApiError, internal_error
 from serve.generation import Event, Generation, Prompt, Rejected, Tokens
 from serve.keys import admin_key_hashes, key_hashes
+from serve.models import Served
 from serve.replica import RETRY_AFTER_S, DecoderReplica
 from serve.retry import ReplicaLostError, lost_for_good
 from serve.routing import PrefixRouter
 
+# Deployments; with several models, one of each a model: see `deployment_name`.
 DECODER = "Decoder"
 # Its `user_config` {"path": …, "canary": …} brings a draft head into service.
 DESK = "Heads"
@@ -79,7 +82,8 @@ class DecoderReplicas:
 
     async def running(self) -> int:
         """How many replicas run."""
-        return await asyncio.to_thread(_running_replicas)
+        handle = self._handle
+        return await asyncio.to_thread(running_replicas, handle.app_name, handle.deployment_name)
 
     async def _ask(self, method: Any, *arguments: Any) -> Any:
         for _ in range(self._retries + 1):
@@ -129,7 +133,7 @@ def _autoscaling(config: ServeConfig, decode: DecodeConfig) -> AutoscalingConfig
     log = config.autoscaling_log
     return AutoscalingConfig(
         min_replicas=config.replicas,
-        max_replicas=config.max_replicas,
+        max_replicas=config.most_replicas,
         policy=AutoscalingPolicy(
             policy_function=BacklogPolicy,
             policy_kwargs={"target_backlog_s": config.target_backlog_s, "log": log},
@@ -156,14 +160,12 @@ def _api_error(error: Exception) -> ApiError:
     return internal_error()
 
 
-def _running_replicas() -> int:
-    applications = ray_serve.status().applications.values()
-    return sum(
-        deployment.replica_states.get("RUNNING", 0)
-        for application in applications
-        for name, deployment in application.deployments.items()
-        if name == DECODER
-    )
+def running_replicas(application: str, deployment: str) -> int:
+    """As Serve's controller counts them."""
+    applications = ray_serve.status().applications
+    if application not in applications or deployment not in applications[application].deployments:
+        return 0
+    return applications[application].deployments[deployment].replica_states.get("RUNNING", 0)
 
 
 @ray_serve.deployment(
@@ -178,39 +180,90 @@ class Ingress:
     """Turns HTTP into requests for the decoder replicas and their events into HTTP."""
 
     def __init__(
-        self, decoder: DeploymentHandle, desk: DeploymentHandle, config: ServeConfig
+        self,
+        models: Mapping[str, tuple[DeploymentHandle, DeploymentHandle, ServeConfig]],
+        config: ServeConfig,
     ) -> None:
-        self._decoder, self._desk, self._config = decoder, desk, config
+        """Remember what answers.
+
+        Args:
+            models: of each its decoder, its desk and its own section serve.
+            config: of the HTTP service.
+        """
+        self._models, self._config = models, config
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Called by Ray Serve, after the constructor."""
-        replicas = DecoderReplicas(self._decoder, self._config.retries)
-        return build_api(replicas, ServedDesk(self._desk), self._config)
+        served = [
+            Served(name, DecoderReplicas(decoder, config.retries), ServedDesk(desk), config)
+            for name, (decoder, desk, config) in self._models.items()
+        ]
+        return build_api(served, self._config)
 
 
-def build_app(args: Config) -> ray_serve.Application:
-    """The application for `serve.run`, `serve run serve.app:build_app` and Serve YAML.
+def build_app(args: Arguments) -> ray_serve.Application:
+    """The application for `serve run serve.app:build_app` and Serve's YAML; see `Arguments`.
+
+    Does what `aerie serve` does before: makes the target if need be, and reads what the replicas
+    will load.
+
+    Raises:
+        RefusedError: it cannot be served; Serve shows the message.
+    """
+    # torch is imported in here and not above: the ingress imports this file, and needs none of it.
+    from core.runtime.conversion import with_converted_target
+    from serve.checks import check
+
+    try:
+        return application(check(with_converted_target(args)))
+    except UserError as error:
+        raise RefusedError(str(error)) from error
+
+
+def application(config: Config) -> ray_serve.Application:
+    """The application of a configuration that has been checked.
 
     Args:
-        args: reads `target`, `draft`, `decode` and `serve`.
+        config: reads `target`, `draft`, `decode` and `serve`, of each of its models.
     Raises:
-        ConfigError: serve.max_replicas is below serve.replicas.
         UserError: see `key_hashes`.
     """
-    config, decode = args.serve, args.decode
-    if config.max_replicas < config.replicas:
-        raise ConfigError(
-            f"serve.max_replicas={config.max_replicas} is below "
-            f"serve.replicas={config.replicas}; raise it"
-        )
-    decoder: Any = ray_serve.deployment(
+    models = {name: _model(name, one, config) for name, one in config.served_models().items()}
+    # Read here: the ingress may be on another node.
+    keys = {"api_keys": key_hashes(config.serve), "admin_keys": admin_key_hashes(config.serve)}
+    return Ingress.bind(models, config.serve.model_copy(update=keys))  # type: ignore[attr-defined]
+
+
+def deployment_name(kind: str, model: str, config: Config) -> str:
+    """`Decoder`, or with several models `Decoder:smollm2`.
+
+    Files are named after deployments; `~` is in no model's name.
+    """
+    return f"{kind}:{model.replace('/', '~')}" if config.serve.models else kind
+
+
+def _model(name: str, one: Config, whole: Config) -> tuple[Any, Any, ServeConfig]:
+    """The deployments of a model, and its own section serve."""
+    desk: Any = ray_serve.deployment(
+        HeadDesk, name=deployment_name(DESK, name, whole), ray_actor_options={"num_cpus": 0}
+    )
+    head_desk = desk.bind(
+        one.draft.path, rounds=one.serve.canary_rounds, gain=one.serve.canary_gain
+    )
+    decoder = _decoder(deployment_name(DECODER, name, whole), one)
+    return decoder.bind(one, head_desk), head_desk, one.serve
+
+
+def _decoder(name: str, config: Config) -> Any:
+    settings, decode = config.serve, config.decode
+    return ray_serve.deployment(
         ServedReplica,
-        name=DECODER,
+        name=name,
         ray_actor_options={
-            "num_cpus": config.cpus_per_replica,
-            "num_gpus": config.gpus_per_replica,
+            "num_cpus": settings.cpus_per_replica,
+            "num_gpus": settings.gpus_per_replica,
         },
-        autoscaling_config=_autoscaling(config, decode),
+        autoscaling_config=_autoscaling(settings, decode),
         # More in one replica than a part of a batch would be waited for longer than read anew.
         request_router_config=RequestRouterConfig(
             request_router_class=PrefixRouter,
@@ -220,13 +273,6 @@ def build_app(args: Config) -> ray_serve.Application:
         # Ray counts as queued who is being placed: so many may come at once.
         max_queued_requests=decode.max_waiting + MAX_REFUSED_AT_ONCE,
         graceful_shutdown_timeout_s=GRACEFUL_SHUTDOWN_S,
-        max_surge_percent=config.max_surge_percent,
+        max_surge_percent=settings.max_surge_percent,
         max_constructor_retry_count=MAX_STARTS,
     )
-    desk: Any = ray_serve.deployment(HeadDesk, name=DESK, ray_actor_options={"num_cpus": 0})
-    head_desk = desk.bind(args.draft.path, rounds=config.canary_rounds, gain=config.canary_gain)
-    # Read here: the ingress may be on another node.
-    keyed = config.model_copy(
-        update={"api_keys": key_hashes(config), "admin_keys": admin_key_hashes(config)}
-    )
-    return Ingress.bind(decoder.bind(args, head_desk), head_desk, keyed)  # type: ignore[attr-defined]

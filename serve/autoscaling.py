@@ -66,15 +66,16 @@ class Wanted:
     reason: str
 
 
-def decide(fleet: Fleet, target_backlog_s: float) -> Wanted:
+def decide(fleet: Fleet, target_backlog_s: float, least: int = 1) -> Wanted:
     """The number of replicas for a fleet.
 
     Args:
         fleet: as it is.
         target_backlog_s: seconds for which each replica should have work, at most.
+        least: replicas that are wanted without a request, 0 or 1.
     """
     if not fleet.tokens_per_second and fleet.requests:
-        return Wanted(fleet.target, "no speed was measured yet")
+        return Wanted(max(1, fleet.target), "no speed was measured yet")
     wanted = math.ceil(fleet.backlog_s / target_backlog_s)
     reason = f"{fleet.backlog_s:.1f} s of work for one replica"
     if fleet.refused and fleet.replicas >= wanted:
@@ -87,7 +88,7 @@ def decide(fleet: Fleet, target_backlog_s: float) -> Wanted:
     if wanted < min(needed, fleet.target):
         wanted = min(needed, fleet.target)
         reason = f"{fleet.produced_per_second:.0f} tokens/s are asked for"
-    return Wanted(max(1, wanted), reason)
+    return Wanted(max(1 if fleet.requests else least, wanted), reason)
 
 
 class BacklogPolicy:
@@ -106,7 +107,8 @@ class BacklogPolicy:
     def __call__(self, ctx: AutoscalingContext) -> tuple[float, dict[str, Any]]:
         """How many replicas there should be."""
         fleet = fleet_of(ctx)
-        wanted = decide(fleet, self._target_backlog_s)
+        least = min(1, ctx.capacity_adjusted_min_replicas or 0)
+        wanted = decide(fleet, self._target_backlog_s, least)
         self._write(ctx, fleet, wanted)
         return wanted.replicas, {}
 
@@ -121,6 +123,7 @@ class BacklogPolicy:
         line = json.dumps(
             {
                 "time": now,
+                "deployment": ctx.deployment_name,
                 **{name: round(value, 3) for name, value in asdict(fleet).items()},
                 "backlog_s": round(fleet.backlog_s, 3),
                 "wanted": wanted.replicas,

@@ -67,6 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--url", default="http://127.0.0.1:8000", help="of the server")
     where.add_argument("--model", help="HF folder or hub id, loaded here instead of a server")
+    parser.add_argument("--name", help="of a server's model, where it has several; else its first")
     bits = parser.add_mutually_exclusive_group()
     bits.add_argument("--load-in-8bit", action="store_true", help="with --model: int8 weights")
     bits.add_argument("--load-in-4bit", action="store_true", help="with --model: NF4 weights")
@@ -98,10 +99,15 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(f"aerie chat: {arguments.url} asks for an API key, and {arguments.key_env} "
                       "does not hold it; set it, or give --key-env", file=sys.stderr)  # fmt: skip
                 return EXIT_FAILURE
-            model = response.raise_for_status().json()["data"][0]["id"]
+            there = [one["id"] for one in response.raise_for_status().json()["data"]]
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             print(f"aerie chat: no server at {arguments.url} ({error}); start one with "
                   "`aerie serve` or give --url", file=sys.stderr)  # fmt: skip
+            return EXIT_FAILURE
+        model = arguments.name or there[0]
+        if model not in there:
+            print(f"aerie chat: --name {model}: {arguments.url} has {', '.join(there)}",
+                  file=sys.stderr)  # fmt: skip
             return EXIT_FAILURE
         console.print(f"{model} at {arguments.url}. {HELP}.", style="dim")
         console.print("Tokens that the draft head guessed are green.", style="dim")

@@ -119,6 +119,7 @@ class HeadDesk:
         self._last_number = 0
         self._trial: _Trial | None = None
         self._seen: dict[str, float] = {}
+        self._began = time.monotonic()
         self._decisions: deque[Decision] = deque(maxlen=MOST_DECISIONS)
 
     async def reconfigure(self, user_config: Mapping[str, Any]) -> None:
@@ -180,10 +181,16 @@ class HeadDesk:
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
             trial = self._trial
-            if trial is None or trial.head.number != number or trial.ready:
+            if trial is None or trial.head.number != number or trial.ready or self._alone:
                 break
             await asyncio.sleep(REPORT_EVERY_S / 10)
         return next((one for one in self._decisions if one.head.number == number), None)
+
+    @property
+    def _alone(self) -> bool:
+        """Whether there is no replica, which a service may do without until a request comes."""
+        last = max(self._seen.values(), default=self._began)
+        return time.monotonic() - last > GONE_AFTER_S
 
     async def status(self) -> dict[str, Any]:
         """Everything, for people."""

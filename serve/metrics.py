@@ -28,12 +28,33 @@ WHOLE_S = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 120, 300, 600)
 TREE_NODES = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
-class Metrics:
-    """Counts of one ingress; each has its own."""
+class Registry:
+    """Counts of one ingress; each has its own. Its models share them, and a label tells which."""
 
-    def __init__(self, model_name: str) -> None:
-        self.registry = CollectorRegistry()
-        self._model = model_name
+    def __init__(self) -> None:
+        self._registry = CollectorRegistry()
+        self._families: dict[str, Any] = {}
+
+    def of(self, model_name: str) -> Metrics:
+        """Those of a model."""
+        return Metrics(self, model_name)
+
+    def text(self) -> bytes:
+        """All counts in Prometheus's format."""
+        return generate_latest(self._registry)
+
+    def family(self, kind: Any, name: str, doc: str, labels: tuple[str, ...], **more: Any) -> Any:
+        """The metric of a name, which the first model's makes."""
+        if name not in self._families:
+            self._families[name] = kind(name, doc, labels, registry=self._registry, **more)
+        return self._families[name]
+
+
+class Metrics:
+    """Counts of one model."""
+
+    def __init__(self, registry: Registry, model_name: str) -> None:
+        self._registry, self._model = registry, model_name
         self.running = self._one(
             Gauge, "vllm:num_requests_running", "Requests whose answer has begun"
         )
@@ -94,14 +115,10 @@ class Metrics:
         )
 
     def _many(self, kind: Any, name: str, doc: str, *labels: str, **more: Any) -> Any:
-        return kind(name, doc, ("model_name", *labels), registry=self.registry, **more)
+        return self._registry.family(kind, name, doc, ("model_name", *labels), **more)
 
     def _one(self, kind: Any, name: str, doc: str, **more: Any) -> Any:
         return self._many(kind, name, doc, **more).labels(self._model)
-
-    def text(self) -> bytes:
-        """The counts in Prometheus's format."""
-        return generate_latest(self.registry)
 
     async def watched(self, events: AsyncGenerator[Event, None]) -> AsyncGenerator[Event, None]:
         """The same events, counted."""

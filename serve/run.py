@@ -6,7 +6,6 @@ import argparse
 import logging
 import queue
 import signal
-import socket
 import sys
 from collections.abc import Callable, Sequence
 from types import FrameType
@@ -15,21 +14,16 @@ import ray
 from ray import serve as ray_serve
 from ray.serve.config import HTTPOptions
 from ray.serve.schema import LoggingConfig
-from transformers import AutoConfig
 
 from core.config import Config, describe, load_config
-from core.draft.folder import load_head
-from core.errors import ConfigError, InputError, ResourceError, UserError
-from core.models.target import target_fingerprint, target_folder, target_location
-from core.paths import PACKAGE_SCHEME, resolve_path
+from core.errors import ConfigError, UserError
 from core.progress import say
-from core.runtime.connect import connect, on_cluster
+from core.runtime.connect import connect
 from core.runtime.conversion import with_converted_target
 from core.runtime.job import guarded
-from serve.app import build_app
-from serve.keys import admin_key_hashes, key_hashes
+from serve.app import application
+from serve.checks import NAME, check, check_machine, check_room, surge_that_fits
 
-NAME = "serve"
 SECTIONS = ("convert", "target", "draft", "decode", "serve", "cluster")
 APPLICATION = "aerie"
 LOGGING = LoggingConfig(log_level="WARNING", enable_access_log=False)
@@ -87,13 +81,17 @@ def start(config: Config) -> None:
 
 def deploy(config: Config) -> None:
     """Bring a configuration into service, in place of another one if there is one."""
-    measuring = config.draft.path and config.decode.total_tokens == "auto"
-    say(
-        NAME,
-        f"loading {config.target.path} ({config.target.dtype})"
-        + (", then measuring which draft tree pays" if measuring else ""),
-    )
-    app = build_app(_with_surge_that_fits(config))
+    for name, one in config.served_models().items():
+        measuring = one.draft.path and one.decode.total_tokens == "auto"
+        adapted = f" with {one.target.adapter}" if one.target.adapter else ""
+        say(
+            NAME,
+            (f"{name}: " if config.serve.models else "")
+            + f"loading {one.target.path}{adapted} ({one.target.dtype})"
+            + (", then measuring which draft tree pays" if measuring else "")
+            + ("" if one.serve.replicas else ", when it is asked for"),
+        )
+    app = application(surge_that_fits(config))
     ray_serve.run(app, name=APPLICATION, logging_config=LOGGING)
 
 
@@ -123,95 +121,6 @@ def _check_change(old: Config, new: Config) -> None:
             raise ConfigError(f"serve.{name} cannot change while it serves; stop it and start anew")
     if old.cluster != new.cluster:
         raise ConfigError("the section cluster cannot change while it serves; stop it first")
-
-
-def _with_surge_that_fits(config: Config) -> Config:
-    """Where a further replica has no room, an old one has to stop before its successor starts."""
-    settings, resources = config.serve, ray.cluster_resources()
-    most = settings.max_replicas + 1
-    fits = most * settings.cpus_per_replica <= resources.get(
-        "CPU", 0.0
-    ) and most * settings.gpus_per_replica <= resources.get("GPU", 0.0)
-    if fits or on_cluster(config.cluster):
-        return config
-    return config.replace(serve={"max_surge_percent": 0})
-
-
-def check(config: Config) -> Config:
-    """Read what the replicas will load; returns the config as other nodes can use it.
-
-    Raises:
-        InputError: the target or the head does not exist, or keys are not as they should be.
-        MismatchError: the head was trained for another target.
-    """
-    try:
-        target = target_folder(config.target.path)
-        head = config.draft.path and resolve_path(config.draft.path, field="draft.path")
-    except UserError as error:
-        raise InputError(
-            f"{error}\n  set target.path and draft.path to what is there; "
-            "configs/serve_smollm2.yaml needs nothing but itself"
-        ) from error
-    key_hashes(config.serve)
-    admin_key_hashes(config.serve)
-    location = target_location(str(config.target.path))
-    if not head:
-        say(NAME, "draft.path is not set: the target alone, without speculation")
-        return config.replace(target={"path": location})
-    load_head(
-        head,
-        target_fingerprint=target_fingerprint(target),
-        target_config=AutoConfig.from_pretrained(target),
-    )
-    # An address in a package is looked up by each node, a path here has to be the full one.
-    path = str(config.draft.path)
-    if not path.startswith(PACKAGE_SCHEME):
-        path = str(head.absolute())
-    return config.replace(target={"path": location}, draft={"path": path})
-
-
-def check_machine(config: Config) -> None:
-    """Refuse what could never start; on a cluster, which may grow, nothing is refused.
-
-    Raises:
-        ResourceError: fewer CPUs or GPUs than the replicas ask for, or the port is taken.
-    """
-    check_room(config)
-    if not on_cluster(config.cluster):
-        check_port(config.serve.host, config.serve.port)
-
-
-def check_room(config: Config) -> None:
-    """The same for the replicas alone.
-
-    Raises:
-        ResourceError: fewer CPUs or GPUs than they ask for.
-    """
-    if on_cluster(config.cluster):
-        return
-    settings, resources = config.serve, ray.cluster_resources()
-    for name, each in (("CPU", settings.cpus_per_replica), ("GPU", settings.gpus_per_replica)):
-        wanted, there = settings.replicas * each, resources.get(name, 0.0)
-        if wanted > there:
-            raise ResourceError(
-                f"serve.replicas={settings.replicas} × serve.{name.lower()}s_per_replica={each:g} "
-                f"need {wanted:g} {name}s, {there:g} are there; lower one of them"
-            )
-
-
-def check_port(host: str, port: int) -> None:
-    """Listen for a moment, as the HTTP server will do for long.
-
-    Raises:
-        ResourceError: it cannot.
-    """
-    try:
-        socket.create_server((host, port)).close()
-    except OSError as error:
-        raise ResourceError(
-            f"serve.host={host} serve.port={port}: cannot listen there ({error.strerror}); "
-            "choose another serve.port, or stop what uses it"
-        ) from error
 
 
 class _Signals:
@@ -246,14 +155,15 @@ class _Signals:
 
 
 def _how_to_use(config: Config) -> str:
-    url = f"http://{config.serve.host}:{config.serve.port}"
+    url, names = f"http://{config.serve.host}:{config.serve.port}", list(config.served_models())
     body = (
-        f'{{"model": "{config.serve.model_name}", "stream": true, '
+        f'{{"model": "{names[0]}", "stream": true, '
         '"messages": [{"role": "user", "content": "Hello!"}]}'
     )
     return (
-        f"\nReady: {url}  (chat page), {url}/v1  (OpenAI API). Ctrl-C stops.\n\n"
-        f"  curl -N {url}/v1/chat/completions \\\n"
+        f"\nReady: {url}  (chat page), {url}/v1  (OpenAI API). Ctrl-C stops.\n"
+        + (f"Models: {', '.join(names)}\n\n" if len(names) > 1 else "\n")
+        + f"  curl -N {url}/v1/chat/completions \\\n"
         "    -H 'Content-Type: application/json' \\\n"
         f"    -d '{body}'\n\n"
         f"  aerie chat --url {url}\n"

@@ -23,6 +23,7 @@ from core.models.tiny import save_tiny_target
 from serve.api import build_api
 from serve.desk import HeadDesk
 from serve.generation import Event, Generation, Prompt, Rejected, Tokens
+from serve.models import Served
 from serve.replica import DecoderReplica
 
 CHAT, TEXT, TGI = "/v1/chat/completions", "/v1/completions", "/generate"
@@ -61,7 +62,8 @@ class Service:
     def __init__(self, backend: Direct, config: Config, runner: asyncio.Runner) -> None:
         self.backend, self.config, self._runner = backend, config, runner
         self.replica = backend.replica
-        self.api = build_api(backend, backend.desk, config.serve)
+        served = Served(config.serve.model_name, backend, backend.desk, config.serve)
+        self.api = build_api([served], config.serve)
         transport = httpx.ASGITransport(self.api, raise_app_exceptions=False)
         self.client = httpx.AsyncClient(transport=transport, base_url="http://test", timeout=60)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from pydantic import ValidationError
 
 from core.config.base import Section
 from core.config.draft import DRAFT_CONFIGS
+from core.config.explain import explain
 from core.config.schema import Config
 from core.errors import ConfigError
 
@@ -25,13 +25,13 @@ def load_config(path: str | None, overrides: Sequence[str] = ()) -> Config:
     Raises:
         ConfigError: no such file, not YAML, an unknown key, or a value out of bounds.
     """
-    values = _read_yaml(path) if path else {}
+    values = read_values(path) if path else {}
     for override in overrides:
-        _lay_over(values, override)
+        lay_over(values, override)
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(_explain(error, path)) from error
+        raise ConfigError(f"{path or 'the command line'}: {explain(error, Config)}") from error
 
 
 def describe(sections: Iterable[str]) -> str:
@@ -68,7 +68,12 @@ def _describe_field(name: str, cls: type[Section], key: str) -> str:
     return f"    {f'{name}={default}':<38} {info.description or ''}".rstrip()
 
 
-def _read_yaml(path: str) -> dict[str, Any]:
+def read_values(path: str) -> dict[str, Any]:
+    """The sections of a config file, not yet held against the schema.
+
+    Raises:
+        ConfigError: no such file, or not YAML.
+    """
     file = Path(path)
     if not file.is_file():
         raise ConfigError(f"--config {path}: no such file ({file.absolute()})")
@@ -84,7 +89,12 @@ def _read_yaml(path: str) -> dict[str, Any]:
     return {key: value for key, value in values.items() if value is not None}
 
 
-def _lay_over(values: dict[str, Any], override: str) -> None:
+def lay_over(values: dict[str, Any], override: str) -> None:
+    """Set a field of sections, by an override as on the command line.
+
+    Raises:
+        ConfigError: it is none.
+    """
     dotted, equals, text = override.partition("=")
     if not equals or not dotted:
         raise ConfigError(f"override {override!r}: expected section.field=value")
@@ -92,15 +102,22 @@ def _lay_over(values: dict[str, Any], override: str) -> None:
         value = yaml.safe_load(text) if text else None
     except yaml.YAMLError as error:
         raise ConfigError(f"override {override!r}: the value is not valid YAML") from error
-    if isinstance(value, str):
-        value = _as_number(value)
+    set_field(values, dotted, _as_number(value) if isinstance(value, str) else value)
+
+
+def set_field(values: dict[str, Any], dotted: str, value: Any) -> None:
+    """Set a field of sections, by `section.field`.
+
+    Raises:
+        ConfigError: what it would be in is a value.
+    """
     *parents, leaf = dotted.split(".")
     for parent in parents:
         if values.get(parent) is None:
             values[parent] = {}
         values = values[parent]
         if not isinstance(values, dict):
-            raise ConfigError(f"override {override!r}: {parent} is not a section")
+            raise ConfigError(f"override {f'{dotted}={value}'!r}: {parent} is not a section")
     values[leaf] = value
 
 
@@ -110,36 +127,3 @@ def _as_number(text: str) -> str | float:
         return float(text) if "e" in text.lower() else text
     except ValueError:
         return text
-
-
-def _explain(error: ValidationError, path: str | None) -> str:
-    where = path or "the command line"
-    messages = []
-    for problem in error.errors():
-        location = [str(part) for part in problem["loc"] if part not in DRAFT_CONFIGS]
-        # A union's branches (`int`, `literal['auto']`) are part of pydantic's place, not of ours.
-        dotted = ".".join(location[:2])
-        if problem["type"] == "extra_forbidden":
-            messages.append(f"unknown key {dotted}{_suggest(location, problem['loc'])}")
-        elif problem["type"] == "value_error":
-            messages.append(str(problem["ctx"]["error"]))
-        else:
-            got = problem.get("input")
-            messages.append(f"{dotted}={got!r}: {problem['msg'][:1].lower()}{problem['msg'][1:]}")
-    return f"{where}: " + "; ".join(messages)
-
-
-def _suggest(location: list[str], place: tuple[int | str, ...]) -> str:
-    kind = next((part for part in place if part in DRAFT_CONFIGS), None)
-    if len(location) == 1:
-        known: Iterable[str] = Config.model_fields
-    elif isinstance(kind, str):
-        known = DRAFT_CONFIGS[kind].model_fields
-    elif location[0] in Config.model_fields:
-        known = type(getattr(Config(), location[0])).model_fields
-    else:
-        return ""
-    close = difflib.get_close_matches(location[-1], known, n=1)
-    if close:
-        return f"; did you mean {'.'.join([*location[:-1], close[0]])}?"
-    return f"; known here: {', '.join(known)}"

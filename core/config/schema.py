@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from pydantic import field_validator, model_validator
+from pydantic import ValidationError, field_validator, model_validator
 
 from core.config import sections
 from core.config.base import Section, setting
 from core.config.draft import DEFAULT_DRAFT_KIND, DRAFT_CONFIGS, AnyDraftConfig
+from core.config.explain import explain
 
 
 class Config(Section):
@@ -47,6 +48,12 @@ class Config(Section):
         sections.check_finetuning(self.finetune, self.train)
         return self
 
+    @model_validator(mode="after")
+    def _models_are_possible(self) -> Config:
+        sections.check_models(self.serve)
+        self.served_models()
+        return self
+
     def replace(self, **changes: Any) -> Config:
         """A validated copy; a section's changes are a mapping: `replace(target={"path": p})`.
 
@@ -61,6 +68,34 @@ class Config(Section):
             else:
                 values[name] = change
         return Config.model_validate(values)
+
+    def served_models(self) -> dict[str, Config]:
+        """What is served, by name; first the one for requests that name none.
+
+        Each has its own sections target, draft, decode and serve, and no further `serve.models`.
+        """
+        if not self.serve.models:
+            return {self.serve.model_name: self}
+        names = sorted(self.serve.models, key=lambda name: name != self.serve.model_name)
+        return {name: self._served(name, self.serve.models[name]) for name in names}
+
+    def with_models(self, models: Mapping[str, Config]) -> Config:
+        """A copy that serves these, of the same names as `served_models` gives."""
+        if not self.serve.models:
+            return next(iter(models.values()))
+        changes: dict[str, Any] = {}
+        for name in self.serve.models:
+            values = models[name].model_dump(include=set(sections.MODEL_SECTIONS))
+            serve = {key: values["serve"][key] for key in sections.PER_MODEL}
+            changes[name] = {**values, "serve": serve}
+        return self.replace(serve={"models": changes})
+
+    def _served(self, name: str, changes: Mapping[Any, Any]) -> Config:
+        serve = {**changes.get("serve", {}), "model_name": name, "models": {}}
+        try:
+            return self.replace(**{**changes, "serve": serve})
+        except ValidationError as error:
+            raise ValueError(f"serve.models.{name}: {explain(error, type(self))}") from error
 
     def identity(self, sections: Iterable[str]) -> dict[str, Any]:
         """The values of these sections that can change a result, for a stage's identity."""

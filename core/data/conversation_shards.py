@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
-import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from core.data.conversations import Conversation
-from core.paths import TEMPORARY, write_atomically
+from core.paths import file_written_aside, write_atomically
 
 # As ShareGPT names the roles.
 SPEAKERS = {"system": "system", "user": "human", "assistant": "gpt"}
@@ -58,11 +56,7 @@ def read_shard(path: Path) -> Iterator[dict[str, Any]]:
 
 def join_shards(shards: Sequence[Path], path: Path) -> None:
     """Write all shards into one file, in order, aside and renamed."""
-    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}{TEMPORARY}")
-    with aside.open("wb") as file:
+    with file_written_aside(path) as file:
         for shard in shards:
             with shard.open("rb") as part:
                 shutil.copyfileobj(part, file)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)

@@ -11,7 +11,7 @@ from typing import Any
 from core.data.conversations import ROLES, Conversation, Message
 from core.data.selection import text_key
 from core.errors import InputError
-from core.paths import TEMPORARY, write_atomically
+from core.paths import file_written_aside, write_atomically
 
 TASKS = ("first_turn", "follow_up")
 # MT-bench's categories, which Spec-Bench and the papers after it report as one task.
@@ -95,10 +95,9 @@ class PromptPool:
         """Write the prompts in the order in which they were offered; returns how many."""
         self._file.close()
         taken, count = self._trained, 0
-        aside = path.with_name(f".{path.name}{TEMPORARY}")
         with (
             self._candidates.open(encoding="utf-8") as found,
-            aside.open("w", encoding="utf-8") as file,
+            file_written_aside(path) as file,
         ):
             for line in found:
                 first_question, prompts = json.loads(line)
@@ -106,9 +105,8 @@ class PromptPool:
                     continue
                 taken.add(bytes.fromhex(first_question))
                 for prompt in prompts:
-                    file.write(json.dumps(prompt, ensure_ascii=False) + "\n")
+                    file.write(_line(prompt))
                     count += 1
-        aside.replace(path)
         return count
 
 
@@ -120,10 +118,13 @@ def _as_dict(prompt: Prompt) -> dict[str, Any]:
     }
 
 
+def _line(prompt: dict[str, Any]) -> bytes:
+    return json.dumps(prompt, ensure_ascii=False).encode() + b"\n"
+
+
 def write_prompts(path: Path, prompts: Iterable[Prompt]) -> None:
     """Write the file whole or not at all."""
-    lines = [json.dumps(_as_dict(prompt), ensure_ascii=False) + "\n" for prompt in prompts]
-    write_atomically(path, "".join(lines).encode())
+    write_atomically(path, b"".join(_line(_as_dict(prompt)) for prompt in prompts))
 
 
 def read_prompts(*paths: Path) -> list[Prompt]:

@@ -22,7 +22,7 @@ from typing import Any
 import fsspec
 
 from core.errors import ConfigError, InputError, UserError
-from core.paths import TEMPORARY, naming_a_full_disk, write_atomically
+from core.paths import file_written_aside, write_atomically
 
 CACHE_VARIABLE = "AERIE_CACHE"
 DEFAULT_CACHE = "~/.cache/aerie"
@@ -111,22 +111,16 @@ class ShardStore:
         if cached.exists():
             return cached
         key = self._key(shard)
-        aside = cached.with_name(f".{cached.name}.{uuid.uuid4().hex}{TEMPORARY}")
-        with naming_a_full_disk(cached):
-            cached.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                digest = hashlib.sha256()
-                with aside.open("wb") as file:
-                    for block in self._blocks(key):
-                        digest.update(block)
-                        file.write(block)
+        digest = hashlib.sha256()
+        try:
+            with file_written_aside(cached) as file:
+                for block in self._blocks(key):
+                    digest.update(block)
+                    file.write(block)
                 if digest.hexdigest() != checksum:
                     raise InputError(f"{self.address}: {key} is damaged; {AGAIN}")
-                aside.replace(cached)
-            except FileNotFoundError as error:
-                raise InputError(f"{self.address}: there is no {key} any more; {AGAIN}") from error
-            finally:
-                aside.unlink(missing_ok=True)
+        except FileNotFoundError as error:
+            raise InputError(f"{self.address}: there is no {key} any more; {AGAIN}") from error
         return cached
 
     def checksum(self, shard: Path) -> str:

@@ -53,7 +53,10 @@ def load_head_for(target: Target, config: Config) -> DraftHead | None:
         return None
     folder = resolve_path(config.draft.path, field="draft.path")
     head = load_head(
-        folder, target_fingerprint=target.fingerprint, target_config=target.model.config
+        folder,
+        target_fingerprint=target.fingerprint,
+        base_fingerprint=target.base_fingerprint,
+        target_config=target.model.config,
     )
     prepare_head(head, config, target)
     return head

@@ -14,6 +14,7 @@ from core.draft.formats.aerie import write
 from core.draft.formats.files import AERIE
 from core.errors import InputError, MismatchError
 from core.paths import folder_written_aside
+from core.progress import say
 
 
 def save_head(folder: Path, head: DraftHead, record: dict[str, Any]) -> None:
@@ -32,6 +33,7 @@ def load_head(
     folder: Path,
     *,
     target_fingerprint: str | None = None,
+    base_fingerprint: str | None = None,
     target_config: PretrainedConfig | None = None,
 ) -> DraftHead:
     """Read a head in any format; the target's tensors are still to be attached.
@@ -39,13 +41,23 @@ def load_head(
     Args:
         folder: that train_draft wrote, or one of others' making.
         target_fingerprint: of the target that it shall draft for.
+        base_fingerprint: of the model below that target's adapters. A head of it may draft too:
+            fewer of its guesses are right, and all are verified as ever.
         target_config: of the same; what heads that name no target are held against.
     Raises:
         InputError: no such folder, or a damaged one.
         MismatchError: trained for another target.
     """
     found = read_head(folder)
-    check_target(folder, found, target_fingerprint, target_config)
+    known = found.record.get("target_fingerprint")
+    of_base = base_fingerprint is not None and known == base_fingerprint
+    check_target(folder, found, None if of_base else target_fingerprint, target_config)
+    if of_base:
+        say(
+            "draft",
+            f"{folder} was trained for the target without target.adapter: the text is the same, "
+            "but fewer of its guesses will be right; train a head on the merged target for more",
+        )
     return found.head
 
 

@@ -23,11 +23,12 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from core.config import FinetuneConfig
+from core.config import FinetuneConfig, TargetConfig
 from core.errors import ConfigError, InputError, MismatchError
 from core.models.target import quiet_transformers, target_fingerprint
 from core.models.weights import load_causal_lm
-from core.paths import folder_written_aside
+from core.paths import folder_written_aside, resolve_path
+from core.provenance import fingerprint, hash_json
 
 RECORD = "aerie.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -138,6 +139,42 @@ def merge_adapters(target: Path, adapters: Path) -> nn.Module:
     if method != "lora":
         _unpack(_load(target, torch.float32, method), model)
     return _peft().PeftModel.from_pretrained(model, adapters).merge_and_unload()
+
+
+def adapter_folder(config: TargetConfig) -> Path:
+    """The folder that `target.adapter` names.
+
+    Raises:
+        InputError: it does not exist.
+        ConfigError: the target's other settings leave no weights to merge adapters into.
+    """
+    if config.quantization != "none" or config.device_map is not None:
+        raise ConfigError(
+            "target.adapter is merged into weights that are neither quantized nor spread over "
+            "GPUs; leave target.quantization and target.device_map out, or merge the adapters "
+            "first (jobs.convert_model)"
+        )
+    return resolve_path(str(config.adapter), field="target.adapter")
+
+
+def adapted_fingerprint(target: Path, adapters: Path) -> str:
+    """Of the target that adapters make of another: neither that one's, nor other adapters'."""
+    files = {name: fingerprint(adapters / name) for name in (WEIGHTS, PEFT_CONFIG, RECORD)}
+    return hash_json({"base": target_fingerprint(target), "adapters": files})
+
+
+def merged_target(target: Path, adapters: Path, dtype: torch.dtype, device: torch.device) -> Any:
+    """`merge_adapters`, as a target is loaded: in its dtype, on its device.
+
+    Raises:
+        InputError: no folder of adapters, or a damaged one.
+        MismatchError: they were trained on another target.
+    """
+    model: Any = merge_adapters(target, adapters).to(device)
+    for parameter in model.parameters():
+        # Not its buffers: rotary frequencies stay in float32, as transformers keeps them.
+        parameter.data = parameter.data.to(dtype)
+    return model
 
 
 def check_adapters(target: Path, adapters: Path) -> str:

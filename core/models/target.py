@@ -54,6 +54,8 @@ class Target:
     dtype: torch.dtype
     fingerprint: str
     eos_token_ids: frozenset[int]
+    # Of the model below its adapters, where it has any.
+    base_fingerprint: str | None = None
     # Computes what the model does over a cache of rows, where it can.
     fused: FusedDecoder | None = None
 
@@ -320,7 +322,7 @@ def load_target(config: TargetConfig, num_threads: int | None = None) -> Target:
         config: path, dtype, device, packing.
         num_threads: torch threads of this process on CPU; None leaves them.
     Raises:
-        InputError: no model there, or a damaged one.
+        InputError: no model there, or a damaged one; of adapters, see `merged_target`.
     """
     folder = target_folder(config.path)
     if num_threads is not None:
@@ -328,10 +330,19 @@ def load_target(config: TargetConfig, num_threads: int | None = None) -> Target:
     device = _device(config)
     dtype = getattr(torch, config.dtype)
     quiet_transformers()
-    model = load_causal_lm(
-        folder, dtype=dtype, attn_implementation="sdpa", **_placement(config, device)
-    ).eval()
-    model.requires_grad_(False)
+    if config.adapter is None:
+        model = load_causal_lm(
+            folder, dtype=dtype, attn_implementation="sdpa", **_placement(config, device)
+        )
+        own, base = target_fingerprint(folder), None
+    else:
+        # Which imports this module.
+        from core.models.adapters import adapted_fingerprint, adapter_folder, merged_target
+
+        adapter = adapter_folder(config)
+        model = merged_target(folder, adapter, dtype, device)
+        own, base = adapted_fingerprint(folder, adapter), target_fingerprint(folder)
+    model.eval().requires_grad_(False)
     if config.device_map is not None:
         # Where the embedding is; accelerate moves what goes on to the next device.
         device = model.device
@@ -345,7 +356,8 @@ def load_target(config: TargetConfig, num_threads: int | None = None) -> Target:
         tokenizer=tokenizer,
         device=device,
         dtype=dtype,
-        fingerprint=target_fingerprint(folder),
+        fingerprint=own,
+        base_fingerprint=base,
         eos_token_ids=_eos_token_ids(model, tokenizer),
         fused=fused,
     )

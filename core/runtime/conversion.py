@@ -55,8 +55,10 @@ JOB = Job(
 
 def with_converted_target(config: Config) -> Config:
     """Make the target where the config says what from and names none; skipped when it is there."""
-    if config.target.path or not config.convert.source:
+    named = all(model.target.path for model in config.served_models().values())
+    if named or not config.convert.source:
         return config
-    run_stage(JOB, config)
+    # Adapters are upon what is made.
+    run_stage(JOB, config.replace(target={"adapter": None}))
     folder = Path(config.output or "").expanduser().absolute() / MODEL_FOLDER
     return config.replace(target={"path": str(folder)})

@@ -73,6 +73,7 @@ def run_stage(job: Job, config: Config) -> Report:
     """
     return_to_working_directory()
     check_output(config)
+    _check_target(config)
     # Workers may have another working directory.
     config = config.replace(output=str(Path(config.output or "").expanduser().absolute()))
     sections = job.sections if job.counted is None else job.counted(config)
@@ -137,6 +138,16 @@ def check_output(config: Config) -> None:
         raise ConfigError(
             f"output={config.output} is relative, which on a cluster means a throw-away copy of "
             "the working directory; give an absolute path that every node mounts"
+        )
+
+
+def _check_target(config: Config) -> None:
+    """A stage's inputs are folders, whose content says whether it is finished."""
+    if config.target.adapter is not None:
+        raise ConfigError(
+            f"target.adapter={config.target.adapter} is for serving; merge it into a folder of its "
+            "own for a job (python -m jobs.convert_model convert.source=<adapter> output=…), and "
+            "name that as target.path"
         )
 
 

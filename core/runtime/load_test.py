@@ -47,8 +47,8 @@ def load_resources(config: Config) -> Resources:
     """What the server's replicas take."""
     serve = config.serve
     return Resources(
-        cpus=serve.max_replicas * serve.cpus_per_replica,
-        gpus=serve.max_replicas * serve.gpus_per_replica,
+        cpus=serve.most_replicas * serve.cpus_per_replica,
+        gpus=serve.most_replicas * serve.gpus_per_replica,
         because="serve.max_replicas × serve.cpus_per_replica",
     )
 

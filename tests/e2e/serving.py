@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from core.config import Config
+from core.config import Config, TargetConfig
 from core.data.conversations import Message
 from core.data.template import encode_prompt
 from core.decode.engine import SpeculativeDecoder
@@ -109,6 +109,13 @@ def greedy_answer(target: Target, prompt: str, max_new_tokens: int) -> list[int]
     decoder = SpeculativeDecoder(target, None, Config().decode)
     rounds = decoder.generate(prompt_ids(target, prompt), max_new_tokens=max_new_tokens)
     return [token for one in rounds for token in one.tokens]
+
+
+def expected_text(config: TargetConfig, prompt: str, max_new_tokens: int) -> str:
+    """What a target alone answers."""
+    target = load_target(config)
+    tokens = greedy_answer(target, prompt, max_new_tokens)
+    return str(target.tokenizer.decode(tokens, skip_special_tokens=True))
 
 
 def answered(target: Target, prompt: str, max_new_tokens: int) -> DraftBatch:

@@ -89,7 +89,11 @@ def text_of(stream: Any) -> str:
 def test_it_says_what_it_serves(served: Served, client: openai.OpenAI) -> None:
     assert [model.id for model in client.models.list()] == ["tiny"]
     assert client.models.retrieve("tiny").object == "model"
-    assert httpx.get(f"{served.url}/health").json() == {"status": "ok", "replicas": 1}
+    assert httpx.get(f"{served.url}/health").json() == {
+        "status": "ok",
+        "replicas": 1,
+        "models": {"tiny": {"status": "ok", "replicas": 1}},
+    }
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)

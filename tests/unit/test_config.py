@@ -19,7 +19,8 @@ from core.config import DRAFT_CONFIGS, Config, Section, describe, load_config
 from core.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
-CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+# Ray Serve's files are held against its schema in test_serve_arguments.py.
+CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.yaml") if "deploy" not in path.stem)
 SNAPSHOT = Path(__file__).parent / "snapshots" / "config_schema.json"
 SECTIONS = [name for name in Config.model_fields if name not in ("output", "overwrite")]
 

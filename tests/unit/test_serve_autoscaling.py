@@ -93,6 +93,24 @@ def test_the_number_follows_from_work_and_speed(
     assert decide(replace(FLEET, **changes), 20.0).replicas == replicas  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("changes", "replicas"),
+    [
+        ({"requests": 0, "backlog_tokens": 0, "produced_per_second": 0}, 0),
+        # Of late there was enough to do for one.
+        ({"requests": 0, "backlog_tokens": 0}, 1),
+        ({}, 1),
+        # The first request of all.
+        ({"replicas": 0, "target": 0, "requests": 1, "tokens_per_second": 0}, 1),
+        ({"replicas": 0, "target": 0, "requests": 0, "backlog_tokens": 0,
+          "tokens_per_second": 0, "produced_per_second": 0}, 0),
+    ],
+)  # fmt: skip
+def test_none_is_wanted_where_nobody_asks(changes: Mapping[str, float], replicas: int) -> None:
+    fleet = replace(FLEET, **changes)  # type: ignore[arg-type]
+    assert decide(fleet, 20.0, least=0).replicas == replicas
+
+
 def test_a_fleet_is_the_sum_of_its_replicas() -> None:
     first = [replace(IDLE, tokens=tokens) for tokens in (1000, 1030, 1060)]
     second = [

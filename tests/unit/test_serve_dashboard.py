@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
 
 from serve.generation import Accepted, Event, Finished, Progressed, Rejected, Restarted
-from serve.metrics import Metrics
+from serve.metrics import Metrics, Registry
 
 BOARD = Path(__file__).parents[2] / "serve" / "dashboard" / "grafana.json"
 EVENTS: list[Event] = [
@@ -35,10 +35,11 @@ def run_through(metrics: Metrics, events: Sequence[Event]) -> None:
 
 
 def test_every_metric_of_the_dashboard_exists() -> None:
-    metrics = Metrics("tiny")
+    registry = Registry()
+    metrics = registry.of("tiny")
     run_through(metrics, EVENTS)
     run_through(metrics, [Rejected("no")])
-    text = metrics.text().decode()
+    text = registry.text().decode()
     there = {match[1]: match[2] for match in re.finditer(r"^([a-z0-9:_]+)\{(.*?)\}", text, re.M)}
     queries = [
         target["expr"]
@@ -54,12 +55,13 @@ def test_every_metric_of_the_dashboard_exists() -> None:
 
 
 def test_what_is_counted_of_an_answer() -> None:
-    metrics = Metrics("tiny")
+    registry = Registry()
+    metrics = registry.of("tiny")
     run_through(metrics, EVENTS)
     counts = {
         name: float(value)
         for name, value in re.findall(
-            r"^([a-z0-9:_]+)\{.*?\} (\S+)$", metrics.text().decode(), re.M
+            r"^([a-z0-9:_]+)\{.*?\} (\S+)$", registry.text().decode(), re.M
         )
     }
     assert counts["vllm:prompt_tokens_total"] == 5

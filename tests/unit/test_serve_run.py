@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-import inspect
+import re
 import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 from ray._private.thirdparty.pathspec import PathSpec
 
 from core.config import Config, load_config
 from core.draft.base import TargetGeometry, build_head
 from core.draft.folder import save_head
 from core.draft.vocabulary import DraftVocabulary
+from core.errors import ResourceError
 from core.models.target import target_fingerprint
 from core.models.tiny import save_tiny_target, tiny_config
 from core.paths import resolve_path
 from core.runtime.conversion import with_converted_target
 from core.runtime.load.servers import free_port
 from serve import run
-from serve.app import build_app
+from serve.checks import check, check_port, check_room, surge_that_fits
 
 CONFIG = Path(__file__).parents[2] / "configs" / "serve_smollm2.yaml"
 HEAD = Path(__file__).parents[2] / "serve" / "heads" / "smollm2-135m-instruct"
@@ -42,7 +44,7 @@ def test_the_target_is_made_first_and_once(
         assert run.main(arguments) == 2
         shown = capsys.readouterr()
         assert said in shown.out and "draft.path=nowhere" in shown.err
-    checked = run.check(with_converted_target(Config.model_validate(
+    checked = check(with_converted_target(Config.model_validate(
         {"output": "made", "convert": {"source": "tiny-random"}}
     )))  # fmt: skip
     assert checked.target.path == str(tmp_path / "made" / "model")
@@ -72,7 +74,7 @@ def test_a_head_in_a_package_stays_an_address(
     (package / "__init__.py").touch()
     monkeypatch.syspath_prepend(target.parent)
     config = load_config(None, [f"target.path={target}", "draft.path=pkg://some_package/head"])
-    assert run.check(config).draft.path == "pkg://some_package/head"
+    assert check(config).draft.path == "pkg://some_package/head"
 
 
 def test_the_published_head_goes_with_the_code() -> None:
@@ -103,28 +105,75 @@ def test_an_unknown_key(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_paths_become_absolute(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(target.parent)
-    checked = run.check(Config().replace(target={"path": "target"}))
+    checked = check(Config().replace(target={"path": "target"}))
     assert checked.target.path == str(target)
     assert checked.draft.path is None
 
 
 def test_a_port_that_is_taken() -> None:
-    run.check_port("127.0.0.1", free := free_port())
+    check_port("127.0.0.1", free := free_port())
     with (
         socket.create_server(("127.0.0.1", free)),
         pytest.raises(ValueError, match=rf"serve\.port={free}: cannot listen"),
     ):
-        run.check_port("127.0.0.1", free)
+        check_port("127.0.0.1", free)
 
 
-def test_fewer_replicas_at_most_than_at_least() -> None:
-    with pytest.raises(ValueError, match=r"serve\.max_replicas=1 is below serve\.replicas=2"):
-        build_app(Config().replace(serve={"replicas": 2}))
+@pytest.mark.parametrize(
+    ("models", "room", "said"),
+    [
+        ({}, 2, None),
+        ({}, 1, "serve.replicas × serve.cpus_per_replica: 1 × 2 need 2 CPUs, 1 are there"),
+        ({"a": {}, "b": {"serve": {"replicas": 2, "cpus_per_replica": 0.5}}}, 3, None),
+        (
+            {"a": {}, "b": {"serve": {"replicas": 2, "cpus_per_replica": 1}}},
+            3,
+            "1 × 2 + 2 × 1, for a, b, need 4 CPUs, 3 are there",
+        ),
+        # Without requests they have no replica, and one at a time needs room.
+        ({name: {"serve": {"replicas": 0}} for name in "abc"}, 2, None),
+        ({"a": {}, "b": {"serve": {"replicas": 0}}}, 3, "1 × 2 + 0 × 2, for a, b, need 4 CPUs"),
+    ],
+)
+def test_there_is_room_for_all_models_together(
+    monkeypatch: pytest.MonkeyPatch, models: dict[str, Any], room: float, said: str | None
+) -> None:
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": float(room)})
+    config = Config().replace(serve={"models": models}, cluster={"address": "local"})
+    if said is None:
+        check_room(config)
+        return
+    with pytest.raises(ResourceError, match=re.escape(said)):
+        check_room(config)
 
 
-def test_serve_yaml_is_checked_against_the_schema() -> None:
-    # By this annotation Ray Serve turns the `args` of its YAML into a config.
-    assert inspect.signature(build_app).parameters["args"].annotation is Config
+def test_an_old_replica_stops_first_where_all_models_together_leave_no_room(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    models = {"a": {}, "b": {"serve": {"cpus_per_replica": 1}}}
+    config = Config().replace(serve={"models": models}, cluster={"address": "local"})
+    for room, percent in ((6, 100), (5, 0)):
+        monkeypatch.setattr(ray, "cluster_resources", lambda room=room: {"CPU": float(room)})
+        served = surge_that_fits(config).served_models()
+        assert {one.serve.max_surge_percent for one in served.values()} == {percent}
+
+
+def test_each_model_is_checked(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(target.parent)
+    models: dict[str, Any] = {"a": {}, "b": {"draft": {"path": "nowhere"}}}
+    config = Config().replace(target={"path": "target"}, serve={"models": models})
+    with pytest.raises(ValueError, match=r"^serve\.models\.b: draft\.path=nowhere: no such file"):
+        check(config)
+    models = {"a": {}, "b": {"decode": {"total_tokens": 4}}}
+    with pytest.raises(
+        ValueError, match=r"^serve\.models\.b: decode\.total_tokens=4 needs a draft"
+    ):
+        check(Config().replace(target={"path": "target"}, serve={"models": models}))
+    # A model that names its own target needs none to be made.
+    models = {"a": {"target": {"path": "target"}}}
+    config = Config().replace(convert={"source": "tiny-random"}, serve={"models": models})
+    assert with_converted_target(config) is config
+    assert [one.target.path for one in check(config).served_models().values()] == [str(target)]
 
 
 def test_help_names_the_settings(capsys: pytest.CaptureFixture[str]) -> None:
@@ -150,7 +199,7 @@ def deployed(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
 
 
 def test_a_new_configuration_is_taken(target: Path, deployed: list[Config]) -> None:
-    old = run.check(Config().replace(target={"path": str(target)}))
+    old = check(Config().replace(target={"path": str(target)}))
     new = old.replace(decode={"batch_size": 2})
     assert run._renewed(old, lambda: new) == new
     assert deployed == [new]
@@ -171,7 +220,7 @@ def test_one_that_cannot_be_used_is_not(
     changes: dict[str, Any],
     said: str,
 ) -> None:
-    old = run.check(Config().replace(target={"path": str(target)}))
+    old = check(Config().replace(target={"path": str(target)}))
     assert run._renewed(old, lambda: old.replace(**changes)) == old
     assert deployed == []
     shown = capsys.readouterr().out
@@ -181,7 +230,7 @@ def test_one_that_cannot_be_used_is_not(
 def test_one_that_does_not_start_is_taken_back(
     target: Path, deployed: list[Config], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    old = run.check(Config().replace(target={"path": str(target)}))
+    old = check(Config().replace(target={"path": str(target)}))
     broken = old.replace(serve={"model_name": "broken"})
     assert run._renewed(old, lambda: broken) == old
     assert deployed == [broken, old]

@@ -8,7 +8,14 @@ from core.config.sections.data import (
     GenerateConfig,
     RuleName,
 )
-from core.config.sections.decoding import BenchmarkConfig, DecodeConfig, ServeConfig
+from core.config.sections.decoding import (
+    MODEL_SECTIONS,
+    PER_MODEL,
+    BenchmarkConfig,
+    DecodeConfig,
+    ServeConfig,
+    check_models,
+)
 from core.config.sections.evaluation import EvalConfig
 from core.config.sections.finetuning import FinetuneConfig, check_finetuning
 from core.config.sections.load import LoadConfig, Phase
@@ -16,6 +23,8 @@ from core.config.sections.models import ConvertConfig, ExportConfig, TargetConfi
 from core.config.sections.training import TrackingConfig, TrainConfig
 
 __all__ = [
+    "MODEL_SECTIONS",
+    "PER_MODEL",
     "BenchmarkConfig",
     "ClusterConfig",
     "ConvertConfig",
@@ -36,4 +45,5 @@ __all__ = [
     "TrackingConfig",
     "TrainConfig",
     "check_finetuning",
+    "check_models",
 ]

@@ -2,12 +2,34 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from core.config.base import Section, field, setting
 
+# A part of the names of its deployments, and with that of files.
+ModelName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/-]{0,99}$")]
+ModelSection = Literal["target", "draft", "decode", "serve"]
+MODEL_SECTIONS: tuple[str, ...] = ("target", "draft", "decode", "serve")
+# Of the section serve, what a model of several may have for itself; the rest is the HTTP server's.
+PER_MODEL = (
+    "replicas",
+    "max_replicas",
+    "target_backlog_s",
+    "upscale_delay_s",
+    "downscale_delay_s",
+    "max_surge_percent",
+    "autoscaling_log",
+    "cpus_per_replica",
+    "gpus_per_replica",
+    "max_new_tokens",
+    "canary_rounds",
+    "canary_gain",
+    "retries",
+    "deadline_s",
+)
+ANY_NAME = "aerie"
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -106,9 +128,26 @@ class ServeConfig(Section):
 
     host: str = setting("127.0.0.1", "address to listen on")
     port: int = setting(8000, "port to listen on", ge=1, le=65535)
-    model_name: str = setting("aerie", "the model's name in the API")
-    replicas: int = setting(1, "least decoder replicas", ge=1)
-    max_replicas: int = setting(1, "most decoder replicas under load", ge=1)
+    model_name: str = setting(
+        ANY_NAME,
+        "the model's name in the API; with `models`, which of them answers requests that name "
+        "none, and the first one unless it is set",
+    )
+    models: dict[ModelName, dict[ModelSection, dict[str, Any]]] = setting(
+        {},
+        "several models behind one address: of each, by its name in the API, what it has otherwise "
+        "than the sections target, draft, decode and serve say, such as "
+        "{plain: {draft: {path: null}}, legal: {target: {adapter: …}, serve: {replicas: 2}}}",
+    )
+    replicas: int = setting(
+        1,
+        "least decoder replicas; with 0, the last one goes after downscale_delay_s without "
+        "requests, and the next request waits until one has started",
+        ge=0,
+    )
+    max_replicas: int | None = setting(
+        None, "most decoder replicas under load; null takes `replicas`, or 1 if that is 0", ge=1
+    )
     target_backlog_s: float = setting(
         20.0,
         "seconds for which a replica should have work, by what its requests will likely still be "
@@ -169,3 +208,48 @@ class ServeConfig(Section):
     deadline_s: float = setting(
         600.0, "seconds after which an answer is given up, its waiting included", gt=0
     )
+
+    @property
+    def most_replicas(self) -> int:
+        """That there can be at one time, updates aside."""
+        return self.max_replicas or max(1, self.replicas)
+
+    @field_validator("models", mode="before")
+    @classmethod
+    def _nothing_is_changed(cls, value: Any) -> Any:
+        """In YAML, a model or a section without a line is null."""
+        if not isinstance(value, dict):
+            return {} if value is None else value
+        return {name: _filled(sections) for name, sections in value.items()}
+
+
+def _filled(sections: Any) -> Any:
+    if isinstance(sections, dict):
+        return {name: {} if fields is None else fields for name, fields in sections.items()}
+    return {} if sections is None else sections
+
+
+def check_models(serve: ServeConfig) -> None:
+    """What of `serve.models` can be told without the other sections.
+
+    Raises:
+        ValueError: a field that all models share, a default that is none of them, or bounds of
+            the replicas that exclude each other.
+    """
+    for name, changes in serve.models.items():
+        for field_name in changes.get("serve", {}):
+            if field_name in ServeConfig.model_fields and field_name not in PER_MODEL:
+                raise ValueError(
+                    f"serve.models.{name}.serve.{field_name} is the same for all models; set "
+                    f"serve.{field_name}"
+                )
+    if serve.models and serve.model_name not in (ANY_NAME, *serve.models):
+        raise ValueError(
+            f"serve.model_name={serve.model_name} is none of serve.models, which are "
+            f"{', '.join(serve.models)}; name one of them, or leave it out"
+        )
+    if serve.most_replicas < serve.replicas:
+        raise ValueError(
+            f"serve.max_replicas={serve.max_replicas} is below serve.replicas={serve.replicas}; "
+            "raise it, or leave it out"
+        )

@@ -27,6 +27,11 @@ class TargetConfig(Section):
     """The target model: the one whose output is kept."""
 
     path: str | None = setting(None, "HF folder or hub id of the target model")
+    adapter: str | None = setting(
+        None,
+        "for serving: folder of adapters that finetune_target wrote (<output>/adapter), merged "
+        "into the target when it is loaded. Jobs take a merged folder (convert_model)",
+    )
     template: TemplateName = field(
         "auto",
         "chat template, for prepare_data and wherever the target is spoken to; auto takes the "

@@ -35,7 +35,7 @@ async def autoscaling(config: Config, prompts: Sequence[str], folder: Path) -> M
     Raises:
         ConfigError: there is no profile, or only one replica.
     """
-    if not config.load.profile or config.serve.max_replicas <= config.serve.replicas:
+    if not config.load.profile or config.serve.most_replicas <= config.serve.replicas:
         raise ConfigError(
             "autoscaling needs load.profile=[{seconds: …, clients: …, max_tokens: …}, …] and "
             f"serve.max_replicas={config.serve.max_replicas} above serve.replicas; "
@@ -63,7 +63,7 @@ async def autoscaling(config: Config, prompts: Sequence[str], folder: Path) -> M
         "decisions": _since(map(json.loads, (folder / LOG).read_text().splitlines()), began),
     }
     report["changes"] = _changes(report["seen"])
-    report["otherwise"] = _otherwise(report["decisions"], config.serve.max_replicas)
+    report["otherwise"] = _otherwise(report["decisions"], config.serve.most_replicas)
     report["kept"] = _promises(report, config)
     _plot(report, config, folder / "autoscaling.png")
     return report
@@ -148,7 +148,7 @@ def _otherwise(decisions: Sequence[Mapping[str, Any]], most: int) -> list[dict[s
 def _promises(report: Mapping[str, Any], config: Config) -> dict[str, bool]:
     numbers = [int(change["replicas"]) for change in report["changes"]]
     lost = sum(part["failed"] + part["refused"] for part in report["parts"].values())
-    least, most = config.serve.replicas, config.serve.max_replicas
+    least, most = config.serve.replicas, config.serve.most_replicas
     return {
         f"replicas went {least} → {most} → {least} ({' → '.join(map(str, numbers))})": (
             numbers[0] == numbers[-1] == least and max(numbers) == most
@@ -170,7 +170,7 @@ def _plot(report: Mapping[str, Any], config: Config, path: Path) -> None:
         linewidth=3,
         label="replicas that run",
     )
-    most = config.serve.max_replicas
+    most = config.serve.most_replicas
     for name, label in (("wanted", "wanted"), ("serve_default", "wanted by Serve's own policy")):
         values = [max(1, min(most, one[name])) for one in decisions]
         top.step(at, values, where="post", label=label, linestyle="--")

@@ -88,7 +88,8 @@ def aerie_server(config: Config, folder: Path, name: str = "serve") -> Iterator[
     command = [sys.executable, "-m", "serve.run", "--config", str(folder / f"{name}.yaml")]
     # Of what Aerie starts, nothing waits for a model hub that may be out of reach.
     with _running(command, folder / f"{name}.log", {"HF_HUB_OFFLINE": "1"}) as process:
-        server = Server(f"http://127.0.0.1:{config.serve.port}", config.serve.model_name, process)
+        model = next(iter(config.served_models()))
+        server = Server(f"http://127.0.0.1:{config.serve.port}", model, process)
         log = folder / f"{name}.log"
         _wait(process, log, lambda: "Ready: " in log.read_text(errors="replace"))
         yield server
@@ -98,7 +99,8 @@ def aerie_server(config: Config, folder: Path, name: str = "serve") -> Iterator[
 
 def write_config(config: Config, path: Path) -> None:
     """As `load_config` reads it."""
-    path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    # In its order, which says which model comes first.
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
 
 
 @contextmanager
