@@ -14,7 +14,10 @@ from typing import Any
 import pytest
 from playwright.sync_api import BrowserContext, Locator, Page, Request, expect, sync_playwright
 
+from serve.api import build_api
+from serve.models import Served as Model
 from tests.e2e.serving import PROMPTS, Served
+from tests.in_process import in_process, listening
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 FLAGS = [
@@ -125,8 +128,9 @@ def tab_to(page: Page, name: str) -> None:
 
 
 def limit_answers(page: Page, num_tokens: int = NUM_TOKENS) -> None:
-    tab_to(page, "Settings")
-    page.keyboard.press("Enter")
+    if page.locator("#settings").is_hidden():
+        tab_to(page, "Settings")
+        page.keyboard.press("Enter")
     tab_to(page, "Longest answer")
     page.keyboard.press("Control+A")
     page.keyboard.type(str(num_tokens))
@@ -312,6 +316,28 @@ def test_a_page_without_a_tree_asks_for_none(page: Page) -> None:
     expect(page.locator("#tree")).to_be_hidden()
     transparent = "rgba(0, 0, 0, 0)"
     expect(pane.locator(".drafted").first).to_have_css("background-color", transparent)
+
+
+def test_the_model_is_chosen_in_the_settings(browser: BrowserContext, tmp_path: Path) -> None:
+    with in_process(tmp_path) as service:
+        backend, config, names = service.backend, service.config.serve, ("tiny", "team/other")
+        served = [Model(name, backend, backend.desk, config) for name in names]
+        service.api = build_api(served, config)
+        with listening(service) as url:
+            page = browser.new_page()
+            page.goto(url)
+            expect(page.locator("#model")).to_have_text(names[0])
+            tab_to(page, "Settings")
+            page.keyboard.press("Enter")
+            tab_to(page, "Model")
+            page.keyboard.press("ArrowDown")
+            expect(page.locator("#model")).to_have_text(names[1])
+            limit_answers(page)
+            asked = questions(page)
+            send(page, PROMPTS[0])
+            expect(page.locator("#status")).to_contain_text("The answer is complete")
+            assert [body["model"] for body in asked] == [names[1]]
+            page.close()
 
 
 def test_a_refusal_is_shown(browser: BrowserContext, served: Served) -> None:
