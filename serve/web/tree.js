@@ -11,9 +11,10 @@ function svg(tag, attributes, ...children) {
   return node;
 }
 
-// A token as it is drawn: white space can be seen, and a long one is cut.
+// A token as it is drawn: white space and control characters can be seen, and a long one is cut.
 function label(text) {
-  const shown = [...text.replace(/ /g, "·").replace(/\n/g, "↵").replace(/\t/g, "⇥")];
+  const seen = { " ": "·", "\n": "↵", "\t": "⇥", "\x7f": "␡" };
+  const shown = [...text].map((one) => seen[one] ?? (one < " " ? String.fromCodePoint(0x2400 + one.codePointAt(0)) : one));
   return (shown.length > LONGEST ? [...shown.slice(0, LONGEST - 1), "…"] : shown).join("") || "∅";
 }
 
@@ -132,7 +133,8 @@ class TreeView {
     this.place.textContent = `${number} of ${this.trees.length}`;
     this.round.setAttribute("aria-valuetext", `${number} of ${this.trees.length}. ${summary(tree)}`);
     this.said.textContent = summary(tree);
-    const end = layout.nodes.at(-1);  // the model's own token, if there is one: where the path ends
+    // Where the accepted path ends is what is to be seen.
+    const end = tree.bonus === null ? layout.nodes[tree.accepted.at(-1)] : layout.nodes.at(-1);
     this.canvas.scrollTop = end.middle - this.canvas.clientHeight / 2;
     this.canvas.scrollLeft = end.left + widthOf(end.shown) + GAP - this.canvas.clientWidth;
   }

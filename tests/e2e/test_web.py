@@ -14,7 +14,10 @@ from typing import Any
 import pytest
 from playwright.sync_api import BrowserContext, Locator, Page, Request, expect, sync_playwright
 
+from serve.api import build_api
+from serve.models import Served as Model
 from tests.e2e.serving import PROMPTS, Served
+from tests.in_process import in_process, listening
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 FLAGS = [
@@ -41,7 +44,11 @@ FOCUS = """() => {
 TREE = """() => {
     const tree = document.querySelector("#tree");
     const count = (found) => tree.querySelectorAll(found).length;
+    const ends = [...tree.querySelectorAll("g.root, g.kept"), ...tree.querySelectorAll("g.own")];
+    const end = ends.at(-1).querySelector("rect").getBoundingClientRect();
+    const frame = tree.querySelector("#canvas").getBoundingClientRect();
     return {
+        seen: end.top >= frame.top && end.bottom <= frame.bottom && end.right <= frame.right,
         kept: count("g.kept"), own: count("g.own"), root: count("g.root"),
         edges: count("path.kept"),
         place: tree.querySelector("#place").textContent,
@@ -121,8 +128,9 @@ def tab_to(page: Page, name: str) -> None:
 
 
 def limit_answers(page: Page, num_tokens: int = NUM_TOKENS) -> None:
-    tab_to(page, "Settings")
-    page.keyboard.press("Enter")
+    if page.locator("#settings").is_hidden():
+        tab_to(page, "Settings")
+        page.keyboard.press("Enter")
     tab_to(page, "Longest answer")
     page.keyboard.press("Control+A")
     page.keyboard.type(str(num_tokens))
@@ -188,6 +196,7 @@ def check_tree(page: Page) -> None:
         assert shown["edges"] == kept + own and own <= 1 and shown["root"] == 1
         assert f"the model kept {kept or 'none'}" in said or "no tokens were guessed" in said
         assert said in shown["label"], "what is drawn is also told"
+        assert shown["seen"], f"the accepted path's end is out of sight: {shown}"
         most = max(most, kept)
         page.keyboard.press("ArrowRight")
     assert most > 0, "no accepted path"
@@ -307,6 +316,28 @@ def test_a_page_without_a_tree_asks_for_none(page: Page) -> None:
     expect(page.locator("#tree")).to_be_hidden()
     transparent = "rgba(0, 0, 0, 0)"
     expect(pane.locator(".drafted").first).to_have_css("background-color", transparent)
+
+
+def test_the_model_is_chosen_in_the_settings(browser: BrowserContext, tmp_path: Path) -> None:
+    with in_process(tmp_path) as service:
+        backend, config, names = service.backend, service.config.serve, ("tiny", "team/other")
+        served = [Model(name, backend, backend.desk, config) for name in names]
+        service.api = build_api(served, config)
+        with listening(service) as url:
+            page = browser.new_page()
+            page.goto(url)
+            expect(page.locator("#model")).to_have_text(names[0])
+            tab_to(page, "Settings")
+            page.keyboard.press("Enter")
+            tab_to(page, "Model")
+            page.keyboard.press("ArrowDown")
+            expect(page.locator("#model")).to_have_text(names[1])
+            limit_answers(page)
+            asked = questions(page)
+            send(page, PROMPTS[0])
+            expect(page.locator("#status")).to_contain_text("The answer is complete")
+            assert [body["model"] for body in asked] == [names[1]]
+            page.close()
 
 
 def test_a_refusal_is_shown(browser: BrowserContext, served: Served) -> None:
