@@ -6,10 +6,12 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from fastapi import FastAPI
+from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 
 from core.config import ServeConfig
@@ -30,12 +32,13 @@ from serve.generation import (
     Restarted,
     Tokens,
 )
-from serve.guard import Guard
+from serve.guard import REQUEST_ID, Guard, arrival
 from serve.metrics import CONTENT_TYPE, Metrics
 from serve.openai_chat import ChatRequest
 from serve.retry import resumed
 from serve.tgi import GenerateRequest
 from serve.tokens import DetokenizeRequest, TokenizeRequest, tokenized
+from serve.traffic import Traffic
 
 PAGE = Path(__file__).parent / "web" / "index.html"
 PAGE_POLICY = (
@@ -63,15 +66,22 @@ class Backend(Protocol):
         """The text of tokens."""
 
     async def running(self) -> int:
-        """How many replicas run."""
+        """How many replicas run.
+
+        Raises:
+            ApiError: nobody can say.
+        """
 
 
 Ask = Callable[[Generation, bool], AsyncGenerator[Event, None]]
 """The events of a request, which are streamed to the client or not."""
 
 
-def build_api(backend: Backend, desk: Desk, config: ServeConfig) -> FastAPI:
-    """All routes; `backend` answers them, those of /admin `desk`."""
+def build_api(
+    backend: Backend, desk: Desk, config: ServeConfig, traffic: Traffic | None = None
+) -> FastAPI:
+    """All routes; `backend` answers them, those of /admin `desk`; `traffic` counts requests."""
+    traffic = traffic or Traffic(config.max_requests)
     api = FastAPI(
         title="Aerie",
         summary="A speculative decoder that speaks OpenAI's and TGI's protocols.",
@@ -83,18 +93,31 @@ def build_api(backend: Backend, desk: Desk, config: ServeConfig) -> FastAPI:
     )
     api.add_middleware(
         Guard,
+        traffic=traffic,
         hashes=config.api_keys,
         admin_hashes=config.admin_keys,
         max_bytes=config.max_request_bytes,
+        body_timeout_s=config.body_timeout_s,
         per_minute=config.requests_per_minute,
     )
+    if config.cors_origins:
+        # In front of the guard: browsers ask without a key what they may do, and read refusals.
+        api.add_middleware(
+            CORSMiddleware,
+            allow_origins=config.cors_origins,
+            allow_methods=("GET", "POST"),
+            allow_headers=("*",),
+            expose_headers=(REQUEST_ID, "Retry-After"),
+        )
     metrics = Metrics(config.model_name)
 
     def ask(request: Generation, streamed: bool) -> AsyncGenerator[Event, None]:
+        came = arrival()
+        request = replace(request, name=came.name)
         events = resumed(backend.generate, request, streamed=streamed, retries=config.retries)
-        return _until(metrics.watched(events), config.deadline_s)
+        return _until(metrics.watched(events), came.at, config.deadline_s)
 
-    _add_pages(api, backend, metrics)
+    _add_pages(api, backend, metrics, traffic)
     _add_openai(api, ask, config)
     _add_tgi(api, ask)
     _add_tokens(api, backend, config)
@@ -103,10 +126,10 @@ def build_api(backend: Backend, desk: Desk, config: ServeConfig) -> FastAPI:
 
 
 async def _until(
-    events: AsyncGenerator[Event, None], seconds: float
+    events: AsyncGenerator[Event, None], came: float, seconds: float
 ) -> AsyncGenerator[Event, None]:
-    """The events; an error where the time is up or the decoder failed."""
-    deadline = asyncio.get_running_loop().time() + seconds
+    """The events; an error where the time since the request came is up or the decoder failed."""
+    deadline = came + seconds
     async with aclosing(events):
         while True:
             try:
@@ -115,17 +138,20 @@ async def _until(
             except StopAsyncIteration:
                 return
             except TimeoutError:
+                # Asked again, it would take as long again, beside all others.
                 raise ApiError(
-                    408,
-                    f"the answer took longer than {seconds:g} seconds; ask for fewer tokens",
+                    504,
+                    f"the answer took longer than {seconds:g} seconds, its waiting included; ask "
+                    "for fewer tokens, or when fewer others ask",
                     code="deadline_exceeded",
+                    retry=False,
                 ) from None
             if isinstance(event, Failed):
                 raise internal_error(event.message)
             yield event
 
 
-def _add_pages(api: FastAPI, backend: Backend, metrics: Metrics) -> None:
+def _add_pages(api: FastAPI, backend: Backend, metrics: Metrics, traffic: Traffic) -> None:
     text = PAGE.read_text(encoding="utf-8")
 
     @api.get("/", response_class=HTMLResponse)
@@ -134,11 +160,19 @@ def _add_pages(api: FastAPI, backend: Backend, metrics: Metrics) -> None:
         return HTMLResponse(text, headers={"Content-Security-Policy": PAGE_POLICY})
 
     @api.get("/health")
+    @api.get("/ping")
+    @api.post("/ping")
     async def health() -> JSONResponse:
-        """200 while at least one decoder replica runs, else 503."""
+        """200 while at least one decoder replica runs and new requests are taken, else 503."""
         running = await backend.running()
-        body = {"status": "ok" if running else "starting", "replicas": running}
-        return JSONResponse(body, status_code=200 if running else 503)
+        status = "draining" if traffic.draining else "ok" if running else "starting"
+        body = {"status": status, "replicas": running}
+        return JSONResponse(body, status_code=200 if status == "ok" else 503)
+
+    @api.get("/live")
+    async def live() -> Json:
+        """200 while this process answers, whatever becomes of the replicas."""
+        return {"status": "ok"}
 
     @api.get("/metrics", response_class=Response)
     async def show_metrics() -> Response:

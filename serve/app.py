@@ -7,7 +7,6 @@ binds the name `serve` anew.
 # No `from __future__ import annotations`: Ray Serve reads the type of `build_app`'s argument at
 # run time.
 
-import asyncio
 import logging
 from collections.abc import AsyncGenerator
 from typing import Any
@@ -27,9 +26,11 @@ from serve.desk import Decision, Head, HeadDesk
 from serve.errors import ApiError, internal_error
 from serve.generation import Event, Generation, Prompt, Rejected, Tokens
 from serve.keys import admin_key_hashes, key_hashes
+from serve.recent import Recent
 from serve.replica import RETRY_AFTER_S, DecoderReplica
 from serve.retry import ReplicaLostError, lost_for_good
 from serve.routing import PrefixRouter
+from serve.traffic import Traffic
 
 DECODER = "Decoder"
 # Its `user_config` {"path": …, "canary": …} brings a draft head into service.
@@ -37,6 +38,9 @@ DESK = "Heads"
 # What may be in a replica beyond those it decodes and those that wait in it: it refuses them
 # itself, at once, where the router would let them wait.
 MAX_REFUSED_AT_ONCE = 64
+# What may be in the ingress beyond the requests at work: those that it refuses, at once, and those
+# that are always answered, such as health checks.
+INGRESS_RESERVE = 256
 # A replica that is replaced first finishes what it has begun.
 GRACEFUL_SHUTDOWN_S = 600.0
 # How often replicas tell of their load, and how long that counts.
@@ -53,6 +57,7 @@ class DecoderReplicas:
     def __init__(self, handle: DeploymentHandle, retries: int) -> None:
         self._handle, self._retries = handle, retries
         self._streaming = handle.options(stream=True)
+        self._running = Recent(self._running_replicas)
 
     async def generate(self, request: Generation) -> AsyncGenerator[Event, None]:
         """A replica's events. Closing this, as a lost client does, stops the generation."""
@@ -78,8 +83,23 @@ class DecoderReplicas:
         return await self._ask(self._handle.detokenize, token_ids)
 
     async def running(self) -> int:
-        """How many replicas run."""
-        return await asyncio.to_thread(_running_replicas)
+        """How many replicas run, as Ray Serve's controller knows."""
+        try:
+            return await self._running.get()
+        except Exception as error:
+            logger.warning("Ray Serve's controller does not say what runs", exc_info=error)
+            raise ApiError(
+                503,
+                "Ray Serve's controller does not say how many replicas run; try again later",
+                code="status_unknown",
+                retry_after_s=RETRY_AFTER_S,
+            ) from error
+
+    def _running_replicas(self) -> int:
+        application = ray_serve.status().applications.get(self._handle.app_name)
+        deployments = application.deployments if application is not None else {}
+        decoder = deployments.get(self._handle.deployment_name)
+        return decoder.replica_states.get("RUNNING", 0) if decoder is not None else 0
 
     async def _ask(self, method: Any, *arguments: Any) -> Any:
         for _ in range(self._retries + 1):
@@ -156,19 +176,8 @@ def _api_error(error: Exception) -> ApiError:
     return internal_error()
 
 
-def _running_replicas() -> int:
-    applications = ray_serve.status().applications.values()
-    return sum(
-        deployment.replica_states.get("RUNNING", 0)
-        for application in applications
-        for name, deployment in application.deployments.items()
-        if name == DECODER
-    )
-
-
 @ray_serve.deployment(
     ray_actor_options={"num_cpus": 0},
-    max_ongoing_requests=1000,
     graceful_shutdown_timeout_s=GRACEFUL_SHUTDOWN_S,
     # The next one takes over before this one stops.
     max_surge_percent=100,
@@ -181,11 +190,16 @@ class Ingress:
         self, decoder: DeploymentHandle, desk: DeploymentHandle, config: ServeConfig
     ) -> None:
         self._decoder, self._desk, self._config = decoder, desk, config
+        self._traffic = Traffic(config.max_requests)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Called by Ray Serve, after the constructor."""
         replicas = DecoderReplicas(self._decoder, self._config.retries)
-        return build_api(replicas, ServedDesk(self._desk), self._config)
+        return build_api(replicas, ServedDesk(self._desk), self._config, self._traffic)
+
+    async def drain(self) -> int:
+        """Take no new requests; how many have not ended."""
+        return self._traffic.drain()
 
 
 def build_app(args: Config) -> ray_serve.Application:
@@ -229,4 +243,8 @@ def build_app(args: Config) -> ray_serve.Application:
     keyed = config.model_copy(
         update={"api_keys": key_hashes(config), "admin_keys": admin_key_hashes(config)}
     )
-    return Ingress.bind(decoder.bind(args, head_desk), head_desk, keyed)  # type: ignore[attr-defined]
+    # Below this, the guard refuses and health checks are answered; at it, Serve lets all wait.
+    ingress: Any = Ingress.options(  # type: ignore[attr-defined]
+        max_ongoing_requests=config.max_requests + INGRESS_RESERVE
+    )
+    return ingress.bind(decoder.bind(args, head_desk), head_desk, keyed)

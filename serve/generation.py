@@ -44,6 +44,7 @@ class Generation:
         stop_token_ids: tokens that end it; they are its last.
         echo: whether the text begins with the prompt's.
         schema: a JSON schema, as JSON, that the answers must follow.
+        name: what logs call it.
     """
 
     prompts: tuple[Prompt, ...]
@@ -56,6 +57,7 @@ class Generation:
     stop_token_ids: tuple[int, ...] = ()
     echo: bool = False
     schema: str | None = None
+    name: str = ""
 
     @property
     def num_answers(self) -> int:
