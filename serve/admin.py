@@ -35,7 +35,7 @@ def add_admin(api: FastAPI, models: Models) -> None:
         """A model's head in use, the one on trial, and what came of earlier ones."""
         return await models.named(model).desk.status()
 
-    @api.post("/admin/draft", responses=answers(None, *GUARDED, 400, 403, 408, 409))
+    @api.post("/admin/draft", responses=answers(None, *GUARDED, 400, 403, 404, 409))
     async def draft(body: DraftRequest) -> JSONResponse:
         """Load a head beside the one in use. Answers when it takes requests, or never will."""
         desk = models.named(body.model).desk

@@ -8,6 +8,7 @@ from contextlib import aclosing
 from typing import Any
 
 from fastapi import FastAPI
+from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import (
     HTMLResponse,
     JSONResponse,
@@ -29,6 +30,7 @@ from serve.description import (
     Detokenized,
     Generated,
     Health,
+    Live,
     ModelCard,
     ModelList,
     Tokenized,
@@ -44,7 +46,7 @@ from serve.generation import (
     Rejected,
     Restarted,
 )
-from serve.guard import Guard
+from serve.guard import REQUEST_ID, Guard
 from serve.metrics import CONTENT_TYPE, Registry
 from serve.models import Model, Models, Served
 from serve.openai_chat import ChatRequest
@@ -52,17 +54,22 @@ from serve.page import chat_page
 from serve.strict_json import StrictRoute
 from serve.tgi import GenerateRequest
 from serve.tokens import DetokenizeRequest, TokenizeRequest, tokenized
+from serve.traffic import Traffic
 
 STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
-def build_api(served: Sequence[Served], config: ServeConfig) -> FastAPI:
+def build_api(
+    served: Sequence[Served], config: ServeConfig, traffic: Traffic | None = None
+) -> FastAPI:
     """All routes.
 
     Args:
         served: the models; the first one answers requests that name none.
         config: of the HTTP service, which they share.
+        traffic: counts requests, and ends when the service does.
     """
+    traffic = traffic or Traffic(config.max_requests)
     api = DescribedAPI(
         title="Aerie",
         summary="A speculative decoder that speaks OpenAI's and TGI's protocols.",
@@ -75,14 +82,25 @@ def build_api(served: Sequence[Served], config: ServeConfig) -> FastAPI:
     api.router.route_class = StrictRoute
     api.add_middleware(
         Guard,
+        traffic=traffic,
         hashes=config.api_keys,
         admin_hashes=config.admin_keys,
         max_bytes=config.max_request_bytes,
+        body_timeout_s=config.body_timeout_s,
         per_minute=config.requests_per_minute,
     )
+    if config.cors_origins:
+        # In front of the guard: browsers ask without a key what they may do, and read refusals.
+        api.add_middleware(
+            CORSMiddleware,
+            allow_origins=config.cors_origins,
+            allow_methods=("GET", "POST"),
+            allow_headers=("*",),
+            expose_headers=(REQUEST_ID, "Retry-After"),
+        )
     registry = Registry()
     models = Models(served, registry)
-    _add_pages(api, models, registry)
+    _add_pages(api, models, registry, traffic)
     _add_openai(api, models)
     _add_tgi(api, models)
     _add_tokens(api, models)
@@ -90,7 +108,7 @@ def build_api(served: Sequence[Served], config: ServeConfig) -> FastAPI:
     return api
 
 
-def _add_pages(api: FastAPI, models: Models, registry: Registry) -> None:
+def _add_pages(api: FastAPI, models: Models, registry: Registry, traffic: Traffic) -> None:
     chat = chat_page()
 
     @api.get("/", response_class=HTMLResponse)
@@ -99,18 +117,26 @@ def _add_pages(api: FastAPI, models: Models, registry: Registry) -> None:
         return HTMLResponse(chat.text, headers={"Content-Security-Policy": chat.policy})
 
     @api.get("/health", responses={status: {"model": Health} for status in (200, 503)})
+    @api.get("/ping", responses={status: {"model": Health} for status in (200, 503)})
+    @api.post("/ping", responses={status: {"model": Health} for status in (200, 503)})
     async def health() -> JSONResponse:
-        """200 while every model has a decoder replica or may do without one, else 503."""
+        """200 while new requests are taken, and every model has a replica or may do without one."""
         found = await models.health()
         states = {one.state for one in found.values()}
+        worst = next(state for state in ("starting", "ok", "idle") if state in states)
         body = {
-            "status": next(state for state in ("starting", "ok", "idle") if state in states),
+            "status": "draining" if traffic.draining else worst,
             "replicas": sum(one.replicas for one in found.values()),
             "models": {
                 name: {"status": one.state, "replicas": one.replicas} for name, one in found.items()
             },
         }
-        return JSONResponse(body, status_code=503 if "starting" in states else 200)
+        return JSONResponse(body, status_code=200 if body["status"] in ("ok", "idle") else 503)
+
+    @api.get("/live", responses={200: {"model": Live}})
+    async def live() -> Json:
+        """200 while this process answers, whatever becomes of the replicas."""
+        return {"status": "ok"}
 
     @api.get("/metrics", response_class=PlainTextResponse)
     async def show_metrics() -> Response:

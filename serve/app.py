@@ -7,7 +7,6 @@ binds the name `serve` anew.
 # No `from __future__ import annotations`: Ray Serve reads the type of `build_app`'s argument at
 # run time.
 
-import asyncio
 import logging
 from collections.abc import AsyncGenerator, Mapping
 from typing import Any
@@ -29,9 +28,11 @@ from serve.errors import ApiError, internal_error
 from serve.generation import Event, Generation, Prompt, Rejected, Tokens
 from serve.keys import admin_key_hashes, key_hashes
 from serve.models import Served
+from serve.recent import Recent
 from serve.replica import RETRY_AFTER_S, DecoderReplica
 from serve.retry import ReplicaLostError, lost_for_good
 from serve.routing import PrefixRouter
+from serve.traffic import Traffic
 from serve.vllm.replica import VllmReplica, leave
 
 # Deployments; with several models, one of each a model: see `deployment_name`.
@@ -41,6 +42,9 @@ DESK = "Heads"
 # What may be in a replica beyond those it decodes and those that wait in it: it refuses them
 # itself, at once, where the router would let them wait.
 MAX_REFUSED_AT_ONCE = 64
+# What may be in the ingress beyond the requests at work: those that it refuses, at once, and those
+# that are always answered, such as health checks.
+INGRESS_RESERVE = 256
 # A replica that is replaced first finishes what it has begun.
 GRACEFUL_SHUTDOWN_S = 600.0
 # How often replicas tell of their load, and how long that counts.
@@ -63,6 +67,7 @@ class DecoderReplicas:
         self._handle, self._retries = handle, retries
         self._streaming = handle.options(stream=True)
         self._last_known = 0
+        self._running = Recent(self._running_replicas)
 
     async def generate(self, request: Generation) -> AsyncGenerator[Event, None]:
         """A replica's events. Closing this, as a lost client does, stops the generation."""
@@ -88,9 +93,21 @@ class DecoderReplicas:
         return await self._ask(self._handle.detokenize, token_ids)
 
     async def running(self) -> int:
-        """How many replicas run."""
+        """How many replicas run, as Ray Serve's controller knows."""
+        try:
+            return await self._running.get()
+        except Exception as error:
+            logger.warning("Ray Serve's controller does not say what runs", exc_info=error)
+            raise ApiError(
+                503,
+                "Ray Serve's controller does not say how many replicas run; try again later",
+                code="status_unknown",
+                retry_after_s=RETRY_AFTER_S,
+            ) from error
+
+    def _running_replicas(self) -> int:
         handle = self._handle
-        told = await asyncio.to_thread(running_replicas, handle.app_name, handle.deployment_name)
+        told = running_replicas(handle.app_name, handle.deployment_name)
         if told is not None:
             self._last_known = told
         return self._last_known
@@ -193,7 +210,6 @@ def running_replicas(application: str, deployment: str) -> int | None:
 
 @ray_serve.deployment(
     ray_actor_options={"num_cpus": 0},
-    max_ongoing_requests=1000,
     graceful_shutdown_timeout_s=GRACEFUL_SHUTDOWN_S,
     # The next one takes over before this one stops.
     max_surge_percent=100,
@@ -214,6 +230,7 @@ class Ingress:
             config: of the HTTP service.
         """
         self._models, self._config = models, config
+        self._traffic = Traffic(config.max_requests)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Called by Ray Serve, after the constructor."""
@@ -221,7 +238,11 @@ class Ingress:
             Served(name, DecoderReplicas(decoder, config.retries), ServedDesk(desk), config)
             for name, (decoder, desk, config) in self._models.items()
         ]
-        return build_api(served, self._config)
+        return build_api(served, self._config, self._traffic)
+
+    async def drain(self) -> int:
+        """Take no new requests; how many have not ended."""
+        return self._traffic.drain()
 
 
 def build_app(args: Arguments) -> ray_serve.Application:
@@ -254,7 +275,11 @@ def application(config: Config) -> ray_serve.Application:
     models = {name: _model(name, one, config) for name, one in config.served_models().items()}
     # Read here: the ingress may be on another node.
     keys = {"api_keys": key_hashes(config.serve), "admin_keys": admin_key_hashes(config.serve)}
-    return Ingress.bind(models, config.serve.model_copy(update=keys))  # type: ignore[attr-defined]
+    # Below this, the guard refuses and health checks are answered; at it, Serve lets all wait.
+    ingress: Any = Ingress.options(  # type: ignore[attr-defined]
+        max_ongoing_requests=config.serve.max_requests + INGRESS_RESERVE
+    )
+    return ingress.bind(models, config.serve.model_copy(update=keys))
 
 
 def deployment_name(kind: str, model: str, config: Config) -> str:

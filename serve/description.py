@@ -22,7 +22,7 @@ class ErrorDetail(TypedDict):
 
     __pydantic_config__ = KNOWN  # type: ignore[misc]
     message: str
-    type: Literal["invalid_request_error", "rate_limit_error", "server_error"]
+    type: Literal["invalid_request_error", "rate_limit_error", "server_error", "timeout_error"]
     param: str | None
     code: str | None
 
@@ -42,11 +42,20 @@ class ModelHealth(TypedDict):
     replicas: int
 
 
-class Health(ModelHealth):
-    """The same of all models together, and of each."""
+class Health(TypedDict):
+    """The same of all models together, and of each; `draining` takes no new requests."""
 
     __pydantic_config__ = KNOWN  # type: ignore[misc]
+    status: Literal["ok", "idle", "starting", "draining"]
+    replicas: int
     models: dict[str, ModelHealth]
+
+
+class Live(TypedDict):
+    """That the server's process answers."""
+
+    __pydantic_config__ = KNOWN  # type: ignore[misc]
+    status: Literal["ok"]
 
 
 class ModelCard(TypedDict):
@@ -259,12 +268,13 @@ REFUSALS = {
     401: "No valid API key.",
     403: "This server has no keys for /admin.",
     404: "No such model.",
-    408: "The answer, or the request's body, took too long.",
+    408: "The body did not come in time.",
     409: "Another draft head is on trial.",
     413: "The body is too long.",
     429: "Too many requests wait, or came from this client.",
     500: "An error of the server's own.",
-    503: "No replica could answer.",
+    503: "No replica could answer, or the server is being stopped.",
+    504: "The answer took too long.",
 }
 _RETRY_AFTER = {
     "Retry-After": {"description": "seconds", "required": True, "schema": {"type": "integer"}}
@@ -280,8 +290,8 @@ _EVENT = {
     "required": ["data"],
 }
 # What any request may meet before it comes to a route.
-GUARDED = (401, 413, 429, 500)
-GENERATING = (*GUARDED, 400, 404, 408, 503)
+GUARDED = (401, 408, 413, 429, 500, 503)
+GENERATING = (*GUARDED, 400, 404, 504)
 
 Responses = dict[int | str, dict[str, Any]]
 

@@ -46,6 +46,7 @@ class Generation:
         schema: a JSON schema, as JSON, that the answers must follow.
         speculate: whether trees are drafted; without, each pass of the target gives one token.
         trees: whether the rounds' trees are told.
+        name: what logs call it.
     """
 
     prompts: tuple[Prompt, ...]
@@ -60,6 +61,7 @@ class Generation:
     schema: str | None = None
     speculate: bool = True
     trees: bool = False
+    name: str = ""
 
     @property
     def num_answers(self) -> int:

@@ -189,7 +189,7 @@ async def _awaited(call: Any) -> Any:
 
 def test_an_answer_that_takes_too_long(service: Service) -> None:
     error = failure(service.configured(deadline_s=1e-9))
-    assert (error.status_code, error.code) == (408, "deadline_exceeded")
+    assert (error.status_code, error.code) == (504, "deadline_exceeded")
 
 
 def test_too_many_requests_are_a_rate_limit_error(

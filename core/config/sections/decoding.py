@@ -217,6 +217,15 @@ class ServeConfig(Section):
         gt=-1,
     )
     max_request_bytes: int = setting(1_000_000, "longest body of a request", ge=1024)
+    body_timeout_s: float = setting(
+        30.0, "seconds within which the body of a request must have come", gt=0
+    )
+    max_requests: int = setting(
+        1000,
+        "requests that may be at work at a time, those included whose body is still to come; "
+        "more are refused",
+        ge=1,
+    )
     retries: int = setting(
         3, "other replicas that a request is asked of when the one that answers it dies", ge=0
     )
@@ -225,6 +234,14 @@ class ServeConfig(Section):
     )
     deadline_s: float = setting(
         600.0, "seconds after which an answer is given up, its waiting included", gt=0
+    )
+    cors_origins: tuple[str, ...] = setting(
+        (),
+        "origins whose pages browsers let talk to the server, such as https://chat.example.org; "
+        "* is all, none leaves it to the server's own page",
+    )
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = setting(
+        "INFO", "least level of what is logged; at INFO, a line a request"
     )
 
     @property
