@@ -25,7 +25,8 @@ from tests.in_process import CHAT, TEXT, TGI, in_process
 GENERATING = (CHAT, TEXT, TGI, "/generate_stream")
 KEY = {"Authorization": "Bearer admin"}
 OPERATIONS = (
-    "GET /", "GET /health", "GET /ping", "POST /ping", "GET /live", "GET /metrics", "GET /v1/models", "GET /v1/models/{model}",
+    "GET /", "GET /health", "GET /ping", "POST /ping", "GET /live", "GET /metrics",
+    "GET /v1/models", "GET /v1/models/{model}",
     f"POST {CHAT}", f"POST {TEXT}", f"POST {TGI}", "POST /generate_stream", "POST /tokenize",
     "POST /detokenize", "GET /admin/draft", "POST /admin/draft",
 )  # fmt: skip
