@@ -25,11 +25,11 @@ from serve.arguments import Arguments, RefusedError
 from serve.autoscaling import BacklogPolicy
 from serve.desk import Decision, Head, HeadDesk
 from serve.errors import ApiError, internal_error
-from serve.generation import Event, Generation, Prompt, Rejected, Tokens
+from serve.generation import RETRY_AFTER_S, Event, Generation, Prompt, Rejected, Tokens
 from serve.keys import admin_key_hashes, key_hashes
 from serve.models import Served
 from serve.recent import Recent
-from serve.replica import RETRY_AFTER_S, DecoderReplica
+from serve.replica import DecoderReplica
 from serve.retry import ReplicaLostError, lost_for_good
 from serve.routing import PrefixRouter
 from serve.traffic import Traffic

@@ -64,7 +64,7 @@ def _checked(config: Config) -> Config:
     own, base = target_fingerprint(target), None
     if adapter is not None:
         check_adapters(target, adapter)
-        own, base = adapted_fingerprint(target, adapter), own
+        own, base = adapted_fingerprint(own, adapter), own
         places["adapter"] = _location(str(config.target.adapter), adapter)
     if not head:
         if config.decode.total_tokens not in ("auto", 1) and not config.decode.ngram_match:

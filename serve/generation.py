@@ -16,6 +16,8 @@ Role = Literal["system", "user", "assistant"]
 Reason = Literal["string", "token", "length"]
 # Stands for the logarithm of nothing, which JSON has no number for.
 LEAST_LOGPROB = -9999.0
+# When there is no room: by then some answer has ended, or the client should wait longer yet.
+RETRY_AFTER_S = 1
 
 
 @dataclass(frozen=True)

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
-from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 from core.config import Config
 from core.decode.phases import NO_SECONDS
-from core.errors import BusyError, InputError, UserError
+from core.errors import BusyError, UserError
 from core.progress import say
 from serve.apart import apart
 from serve.generation import (
-    LEAST_LOGPROB,
     Accepted,
-    Conversation,
     Event,
     Failed,
     Finished,
@@ -30,6 +28,7 @@ from serve.generation import (
     Tokens,
 )
 from serve.loop import ClosingError, DecodingError, DecodingLoop, Turn
+from serve.reading import Words, not_now, read_request
 from serve.text import TextStream
 
 if TYPE_CHECKING:
@@ -39,9 +38,6 @@ if TYPE_CHECKING:
     from core.decode.requests import Request, Round
     from core.decode.sampler import TokenLogprobs
     from serve.heads import AskDesk, Version
-
-# When the queue is full: by then some answer has ended, or the client should wait longer yet.
-RETRY_AFTER_S = 1
 
 
 class DecoderReplica:
@@ -136,50 +132,21 @@ class DecoderReplica:
 
     async def tokenize(self, prompt: Prompt, field: str) -> Tokens | Rejected:
         """The tokens that a prompt is read as."""
-        try:
-            ids = self._words.prompt_ids(prompt)
-        except UserError as error:
-            return Rejected(str(error), param=field)
-        return Tokens(tuple(ids), _longest(self.heads.current.lane.decoder))
+        return self._words.tokens(prompt, field, _longest(self.heads.current.lane.decoder))
 
     async def detokenize(self, token_ids: tuple[int, ...]) -> str | Rejected:
         """The text of tokens, special ones included."""
-        try:
-            return self._words.text_of(token_ids)
-        except UserError as error:
-            return Rejected(str(error), param="tokens")
+        return self._words.text(token_ids)
 
     def _check(self, request: Generation, decoder: SpeculativeDecoder) -> Rejected | list[Request]:
         """What the decoder is asked, a request a choice, or why it is not."""
         from core.decode.requests import Request
-        from core.decode.sampling import SamplingSettings
         from core.decode.tree import PLAIN
 
-        if request.num_answers > self._loop.most:
-            return Rejected(
-                f"{request.num_answers} answers are asked for, and this server takes "
-                f"{self._loop.most} at a time; send several requests",
-                param=request.prompt_field,
-            )
-        try:
-            # Before anything is done for it: when most are refused, that is what counts.
-            self._loop.check_room(request.num_answers)
-            prompts = [self._words.prompt_ids(prompt) for prompt in request.prompts]
-        except BusyError as error:
-            return not_now(error, 429, "queue_full")
-        except UserError as error:
-            return Rejected(str(error), param=request.prompt_field)
         longest = _longest(decoder)
-        for prompt_ids in prompts:
-            if too_long := refused_length(request, len(prompt_ids), longest):
-                return too_long
-        stops = frozenset(request.stop_token_ids)
-        try:
-            self._words.check_ids(stops)
-            settings = replace(SamplingSettings.of(self._config.decode), **request.sampling)
-            settings.check_vocabulary(self._target.vocab_size)
-        except UserError as error:
-            return Rejected(str(error))
+        read = read_request(request, self._words, self._loop, self._config.decode, longest)
+        if isinstance(read, Rejected):
+            return read
         try:
             constraints = [self._constraint(request) for _ in range(request.num_answers)]
         except UserError as error:
@@ -189,14 +156,14 @@ class DecoderReplica:
             Request(
                 prompt_ids,
                 request.max_new_tokens or min(longest - len(prompt_ids), most),
-                settings,
+                read.settings,
                 None if request.seed is None else request.seed + place,
-                stops,
+                frozenset(request.stop_token_ids),
                 None if request.speculate else PLAIN,
                 with_trees=request.trees,
                 constraint=constraints.pop(),
             )
-            for prompt_ids in prompts
+            for prompt_ids in read.prompts
             for place in range(request.choices)
         ]
 
@@ -204,83 +171,9 @@ class DecoderReplica:
         return None if request.schema is None else self._grammars.constraint(request.schema)
 
 
-class Words:
-    """What a target's tokenizer makes of prompts and of tokens, whoever decodes them."""
-
-    def __init__(self, tokenizer: Any, vocab_size: int) -> None:
-        """Remember the tokenizer, and how many tokens the target has."""
-        self._tokenizer, self._vocab_size = tokenizer, vocab_size
-
-    def prompt_ids(self, prompt: Prompt) -> list[int]:
-        """The tokens that a prompt is read as.
-
-        Raises:
-            UserError: it is none, or the chat template refuses it.
-        """
-        from core.data.conversations import Message
-        from core.data.template import encode_prompt
-
-        if isinstance(prompt, Conversation):
-            messages = [Message(role, content) for role, content in prompt.messages]
-            return encode_prompt(self._tokenizer, messages)
-        if isinstance(prompt, str):
-            ids: list[int] = self._tokenizer(prompt)["input_ids"]
-        else:
-            self.check_ids(prompt)
-            ids = list(prompt)
-        if not ids:
-            raise InputError("the prompt is empty; give at least one token")
-        return ids
-
-    def check_ids(self, token_ids: Iterable[int]) -> None:
-        """Refuse tokens that there are not.
-
-        Raises:
-            InputError: one of them.
-        """
-        size = self._vocab_size
-        if (most := max(token_ids, default=0)) >= size:
-            raise InputError(
-                f"token {most}: the model has {size} tokens; give ids from 0 to {size - 1}"
-            )
-
-    def text_of(self, token_ids: Sequence[int]) -> str:
-        """The text of tokens, special ones included.
-
-        Raises:
-            InputError: there is no such token.
-        """
-        self.check_ids(token_ids)
-        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=False))
-
-    def scored(self, token: int, logprob: float, top: Iterable[tuple[int, float]]) -> ScoredToken:
-        """A token with its log-probability, and the likeliest ones with theirs."""
-        return ScoredToken(
-            token,
-            self.text_of([token]),
-            max(logprob, LEAST_LOGPROB),
-            tuple((self.text_of([one]), max(value, LEAST_LOGPROB)) for one, value in top),
-            token in self._tokenizer.all_special_ids,
-        )
-
-
 def _longest(decoder: SpeculativeDecoder) -> int:
     """Most tokens of prompt and answer together."""
     return decoder.longest(decoder.plan)
-
-
-def refused_length(request: Generation, num_prompt: int, longest: int) -> Rejected | None:
-    """Why a prompt of so many tokens is not answered; None where it fits."""
-    wanted = request.max_new_tokens
-    if num_prompt + (wanted or 1) <= longest:
-        return None
-    asked = "" if wanted is None else f", and {wanted} are to be generated"
-    return Rejected(
-        f"this model's longest sequence is {longest} tokens; {request.prompt_field} takes "
-        f"{num_prompt}{asked}; shorten it or ask for fewer tokens",
-        param=request.prompt_field,
-        code="context_length_exceeded",
-    )
 
 
 class _Answer:
@@ -358,11 +251,6 @@ class _Answer:
 
     def _scored(self, token: TokenLogprobs) -> ScoredToken:
         return self._words.scored(token.token_id, token.logprob, token.top)
-
-
-def not_now(error: Exception, status: int, code: str) -> Rejected:
-    """A refusal of what may be taken a moment later."""
-    return Rejected(str(error), status=status, code=code, retry_after_s=RETRY_AFTER_S)
 
 
 def _load(config: Config) -> SpeculativeDecoder:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from core.errors import AerieError
 from serve.errors import ApiError
 from serve.generation import (
+    RETRY_AFTER_S,
     Accepted,
     Event,
     Failed,
@@ -30,7 +31,6 @@ from serve.text import split
 
 # Of a refusal that another try may not meet: a full queue, a replica that shuts down.
 PASSING = (429, 503)
-RETRY_AFTER_S = 1
 
 logger = logging.getLogger("ray.serve")
 

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from serve.errors import ApiError
+from serve.generation import RETRY_AFTER_S
 
-RETRY_AFTER_S = 1
 # Another server may have taken over by then.
 RETRY_DRAINED_AFTER_S = 5
 

@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 import torch
 import uvicorn
 
 from core.config import Config
+from core.decode import engine
 from core.models.tiny import save_tiny_target
 from serve.api import build_api
 from serve.desk import HeadDesk
@@ -107,6 +109,18 @@ class Service:
         assert response.status_code == 200, response.text
         assert response.headers["content-type"].startswith("text/event-stream")
         return [event.removeprefix("data: ") for event in response.text.split("\n\n")[:-1]]
+
+
+@contextmanager
+def failing_passes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """While this lasts, every pass of the target fails."""
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(engine, "target_pass", fail)
+        yield
 
 
 @contextmanager

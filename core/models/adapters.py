@@ -157,10 +157,15 @@ def adapter_folder(config: TargetConfig) -> Path:
     return resolve_path(str(config.adapter), field="target.adapter")
 
 
-def adapted_fingerprint(target: Path, adapters: Path) -> str:
-    """Of the target that adapters make of another: neither that one's, nor other adapters'."""
+def adapted_fingerprint(base: str, adapters: Path) -> str:
+    """Of the target that adapters make of another: neither that one's, nor other adapters'.
+
+    Args:
+        base: the other one's fingerprint.
+        adapters: their folder.
+    """
     files = {name: fingerprint(adapters / name) for name in (WEIGHTS, PEFT_CONFIG, RECORD)}
-    return hash_json({"base": target_fingerprint(target), "adapters": files})
+    return hash_json({"base": base, "adapters": files})
 
 
 def merged_target(target: Path, adapters: Path, dtype: torch.dtype, device: torch.device) -> Any:

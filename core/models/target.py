@@ -332,18 +332,18 @@ def load_target(config: TargetConfig, num_threads: int | None = None) -> Target:
     device = _device(config)
     dtype = getattr(torch, config.dtype)
     quiet_transformers()
+    own, base = target_fingerprint(folder), None
     if config.adapter is None:
         model = load_causal_lm(
             folder, dtype=dtype, attn_implementation="sdpa", **_placement(config, device)
         )
-        own, base = target_fingerprint(folder), None
     else:
         # Which imports this module.
         from core.models.adapters import adapted_fingerprint, adapter_folder, merged_target
 
         adapter = adapter_folder(config)
         model = merged_target(folder, adapter, dtype, device)
-        own, base = adapted_fingerprint(folder, adapter), target_fingerprint(folder)
+        own, base = adapted_fingerprint(own, adapter), own
     model.eval().requires_grad_(False)
     if config.device_map is not None:
         # Where the embedding is; accelerate moves what goes on to the next device.

@@ -6,13 +6,13 @@ import asyncio
 import os
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 import httpx
 
 from core.config import Config
-from core.errors import BusyError, StageError, UserError
+from core.errors import BusyError, StageError
 from core.progress import say
 from serve.generation import (
     Accepted,
@@ -24,7 +24,7 @@ from serve.generation import (
     Rejected,
     Tokens,
 )
-from serve.replica import Words, not_now, refused_length
+from serve.reading import Words, not_now, read_request
 from serve.text import TextStream
 from serve.vllm import settings as vllm
 from serve.vllm.ledger import Entry, Ledger
@@ -172,17 +172,11 @@ class VllmReplica:
 
     async def tokenize(self, prompt: Prompt, field: str) -> Tokens | Rejected:
         """The tokens that a prompt is read as."""
-        try:
-            return Tokens(tuple(self._words.prompt_ids(prompt)), self._longest)
-        except UserError as error:
-            return Rejected(str(error), param=field)
+        return self._words.tokens(prompt, field, self._longest)
 
     async def detokenize(self, token_ids: tuple[int, ...]) -> str | Rejected:
         """The text of tokens, special ones included."""
-        try:
-            return self._words.text_of(token_ids)
-        except UserError as error:
-            return Rejected(str(error), param="tokens")
+        return self._words.text(token_ids)
 
     def _read(self, reader: AnswerReader, entry: Entry, chunk: Json | None) -> list[Event]:
         events = list(reader.finish() if chunk is None else reader.take(chunk))
@@ -193,31 +187,11 @@ class VllmReplica:
 
     def _check(self, request: Generation) -> Rejected | _Asked:
         """What vLLM is asked, or why it is not."""
-        from core.decode.sampling import SamplingSettings
-
-        if request.num_answers > self._ledger.most:
-            return Rejected(
-                f"{request.num_answers} answers are asked for, and this server takes "
-                f"{self._ledger.most} at a time; send several requests",
-                param=request.prompt_field,
-            )
-        try:
-            self._ledger.check_room(request.num_answers)
-            prompts = [self._words.prompt_ids(prompt) for prompt in request.prompts]
-        except BusyError as error:
-            return not_now(error, 429, "queue_full")
-        except UserError as error:
-            return Rejected(str(error), param=request.prompt_field)
-        for prompt_ids in prompts:
-            if too_long := refused_length(request, len(prompt_ids), self._longest):
-                return too_long
-        try:
-            self._words.check_ids(request.stop_token_ids)
-            settings = replace(SamplingSettings.of(self._config.decode), **request.sampling)
-            settings.check_vocabulary(self._vocab_size)
-        except UserError as error:
-            return Rejected(str(error))
-        return self._unmapped(request, settings) or self._asked(request, prompts, settings)
+        read = read_request(request, self._words, self._ledger, self._config.decode, self._longest)
+        if isinstance(read, Rejected):
+            return read
+        unmapped = self._unmapped(request, read.settings)
+        return unmapped or self._asked(request, read.prompts, read.settings)
 
     def _unmapped(self, request: Generation, settings: SamplingSettings) -> Rejected | None:
         """Why vLLM cannot do it; None where it can."""

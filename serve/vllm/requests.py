@@ -23,7 +23,7 @@ from serve.generation import (
     ScoredToken,
     Speculated,
 )
-from serve.replica import Words
+from serve.reading import Words
 from serve.text import Span, TextStream
 
 if TYPE_CHECKING:

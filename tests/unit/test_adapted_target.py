@@ -54,10 +54,13 @@ def test_a_target_with_adapters_is_the_folder_that_they_are_merged_to(
 
 def test_other_adapters_are_another_target(adapter: Path) -> None:
     base = adapter.parent / "base"
-    before = adapted_fingerprint(base, adapter)
+    before = adapted_fingerprint(target_fingerprint(base), adapter)
     weights = load_file(adapter / "adapter_model.safetensors")
     save_file({n: w + 1 for n, w in weights.items()}, adapter / "adapter_model.safetensors")
-    assert adapted_fingerprint(base, adapter) not in (before, target_fingerprint(base))
+    assert adapted_fingerprint(target_fingerprint(base), adapter) not in (
+        before,
+        target_fingerprint(base),
+    )
 
 
 def test_adapters_that_cannot_be_merged(adapter: Path) -> None:

@@ -14,9 +14,8 @@ from typing import Any
 import httpx
 import pytest
 
-from core.decode import engine
 from serve.generation import Conversation, Generation
-from tests.in_process import CHAT, HELLO, TEXT, TGI, Json, Service, in_process
+from tests.in_process import CHAT, HELLO, TEXT, TGI, Json, Service, failing_passes, in_process
 
 
 @pytest.fixture(scope="module")
@@ -367,11 +366,7 @@ def test_a_full_queue_is_a_429(service: Service, monkeypatch: pytest.MonkeyPatch
 def test_a_failure_is_a_500_or_the_streams_last_event(
     service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*args: Any, **kwargs: Any) -> None:
-        raise RuntimeError("out of memory")
-
-    with monkeypatch.context() as broken:
-        broken.setattr(engine, "target_pass", fail)
+    with failing_passes(monkeypatch):
         whole = service.call(CHAT)
         stream = service.call(CHAT, stream=True)
     assert whole.status_code == 500 and whole.json()["error"]["type"] == "server_error"

@@ -13,11 +13,20 @@ from typing import Any
 import openai
 import pytest
 
-from core.decode import engine
 from serve.generation import Conversation, Event, Generation
 from serve.keys import key_hash
 from serve.retry import ReplicaLostError
-from tests.in_process import CHAT, HELLO, TEXT, Direct, Json, Service, in_process, listening
+from tests.in_process import (
+    CHAT,
+    HELLO,
+    TEXT,
+    Direct,
+    Json,
+    Service,
+    failing_passes,
+    in_process,
+    listening,
+)
 
 
 @pytest.fixture(scope="module")
@@ -217,11 +226,7 @@ def test_too_many_requests_are_a_rate_limit_error(
 def test_the_servers_own_failures_are_internal_errors(
     service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*args: Any, **kwargs: Any) -> None:
-        raise RuntimeError("out of memory")
-
-    with monkeypatch.context() as broken:
-        broken.setattr(engine, "target_pass", fail)
+    with failing_passes(monkeypatch):
         error = failure(service)
         assert isinstance(error, openai.InternalServerError)
         assert (error.status_code, error.type) == (500, "server_error")

@@ -13,7 +13,7 @@ from core.decode.sampling import SamplingSettings
 from core.errors import StageError
 from serve.generation import Event, Finished, Generation, Progressed, Rejected, Speculated
 from serve.metrics import Registry
-from serve.replica import Words
+from serve.reading import Words
 from serve.text import TextStream
 from serve.vllm.requests import AnswerReader, body_of, chunks_of, refusal_of
 from tests.vllm_recordings import VOCAB, recorded, streams, tokenizer
