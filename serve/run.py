@@ -100,8 +100,13 @@ def deploy(config: Config) -> None:
 
 def drain() -> None:
     """Have the ingress refuse new requests, so that clients know at once; it is stopped next."""
-    ingress = ray_serve.get_app_handle(APPLICATION)
-    at_work = ingress.drain.remote().result(timeout_s=DRAIN_S)
+    try:
+        ingress = ray_serve.get_app_handle(APPLICATION)
+        at_work = ingress.drain.remote().result(timeout_s=DRAIN_S)
+    except Exception as error:
+        # Whatever it is: the application is to be stopped all the same.
+        say(NAME, f"the ingress does not answer ({type(error).__name__}) and is not waited for")
+        return
     say(NAME, f"{at_work} requests are at work")
 
 

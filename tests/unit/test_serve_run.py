@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import ray
+from ray import serve as ray_serve
 from ray._private.thirdparty.pathspec import PathSpec
 
 from core.config import Config, load_config
@@ -235,3 +236,16 @@ def test_one_that_does_not_start_is_taken_back(
     assert run._renewed(old, lambda: broken) == old
     assert deployed == [broken, old]
     assert "a replica did not start" in capsys.readouterr().out
+
+
+def test_an_ingress_that_does_not_answer_is_stopped_all_the_same(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Else `serve` would leave its application behind on a cluster of others'."""
+
+    def no_answer(name: str) -> None:
+        raise TimeoutError(name)
+
+    monkeypatch.setattr(ray_serve, "get_app_handle", no_answer)
+    run.drain()
+    assert "the ingress does not answer (TimeoutError)" in capsys.readouterr().out
