@@ -9,6 +9,7 @@ from fastapi.responses import JSONResponse
 from pydantic import Field
 
 from core.errors import ConfigError, InputError
+from serve.description import GUARDED, answers
 from serve.desk import shown_decision
 from serve.errors import ApiError
 from serve.fields import Body, Unicode
@@ -29,12 +30,12 @@ class DraftRequest(Body):
 def add_admin(api: FastAPI, models: Models) -> None:
     """Add the routes."""
 
-    @api.get("/admin/draft")
+    @api.get("/admin/draft", responses=answers(None, *GUARDED, 403, 404))
     async def drafts(model: str | None = None) -> dict[str, Any]:
         """A model's head in use, the one on trial, and what came of earlier ones."""
         return await models.named(model).desk.status()
 
-    @api.post("/admin/draft")
+    @api.post("/admin/draft", responses=answers(None, *GUARDED, 400, 403, 404, 409))
     async def draft(body: DraftRequest) -> JSONResponse:
         """Load a head beside the one in use. Answers when it takes requests, or never will."""
         desk = models.named(body.model).desk

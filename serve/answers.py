@@ -130,12 +130,12 @@ class OpenAIAnswer(Answer):
     def _part_extension(self, progressed: Progressed) -> Json:
         extension: Json = {}
         if self.with_spans:
-            extension |= {
-                "spans": progressed.spans,
-                "tokens": progressed.num_tokens,
-                "tree_size": progressed.tree_size,
-                "seconds": _seconds(progressed.seconds),
-            }
+            extension |= _known(
+                spans=progressed.spans,
+                tokens=progressed.num_tokens,
+                tree_size=progressed.tree_size,
+                seconds=_seconds(progressed.seconds),
+            )
         if progressed.tree is not None:
             extension["tree"] = asdict(progressed.tree)
         return extension
@@ -156,16 +156,27 @@ class OpenAIAnswer(Answer):
 
 
 def _figures(finished: Finished) -> Json:
-    return {
-        "accepted_length": round(finished.accepted_length, 4),
-        "tokens_per_second": round(finished.tokens_per_second, 2),
-        "rounds": finished.rounds,
-        "tree_size": round(finished.tree_size, 2),
-        "seconds": _seconds(finished.seconds),
-    }
+    return _known(
+        accepted_length=_rounded(finished.accepted_length, 4),
+        tokens_per_second=_rounded(finished.tokens_per_second, 2),
+        rounds=finished.rounds,
+        tree_size=_rounded(finished.tree_size, 2),
+        seconds=_seconds(finished.seconds),
+    )
 
 
-def _seconds(seconds: PhaseSeconds) -> Json:
+def _known(**fields: Any) -> Json:
+    """Without what the backend does not tell."""
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def _rounded(value: float | None, digits: int) -> float | None:
+    return None if value is None else round(value, digits)
+
+
+def _seconds(seconds: PhaseSeconds | None) -> Json | None:
+    if seconds is None:
+        return None
     return {name: round(value, 5) for name, value in asdict(seconds).items()}
 
 

@@ -7,7 +7,6 @@ binds the name `serve` anew.
 # No `from __future__ import annotations`: Ray Serve reads the type of `build_app`'s argument at
 # run time.
 
-import asyncio
 import logging
 from collections.abc import AsyncGenerator, Mapping
 from typing import Any
@@ -29,9 +28,12 @@ from serve.errors import ApiError, internal_error
 from serve.generation import Event, Generation, Prompt, Rejected, Tokens
 from serve.keys import admin_key_hashes, key_hashes
 from serve.models import Served
+from serve.recent import Recent
 from serve.replica import RETRY_AFTER_S, DecoderReplica
 from serve.retry import ReplicaLostError, lost_for_good
 from serve.routing import PrefixRouter
+from serve.traffic import Traffic
+from serve.vllm.replica import VllmReplica, leave
 
 # Deployments; with several models, one of each a model: see `deployment_name`.
 DECODER = "Decoder"
@@ -40,12 +42,20 @@ DESK = "Heads"
 # What may be in a replica beyond those it decodes and those that wait in it: it refuses them
 # itself, at once, where the router would let them wait.
 MAX_REFUSED_AT_ONCE = 64
+# What may be in the ingress beyond the requests at work: those that it refuses, at once, and those
+# that are always answered, such as health checks.
+INGRESS_RESERVE = 256
 # A replica that is replaced first finishes what it has begun.
 GRACEFUL_SHUTDOWN_S = 600.0
 # How often replicas tell of their load, and how long that counts.
 METRICS_EVERY_S, LOOK_BACK_S = 1.0, 10.0
 # Failed starts before a deployment is given up. A broken config fails every time.
 MAX_STARTS = 2
+
+HEAD_IS_FIXED = (
+    "vLLM reads its draft head when it starts, so serve.backend=vllm cannot change it at work; set "
+    "draft.path in the configuration and have the server read it again (kill -HUP)"
+)
 
 logger = logging.getLogger("ray.serve")
 
@@ -56,6 +66,8 @@ class DecoderReplicas:
     def __init__(self, handle: DeploymentHandle, retries: int) -> None:
         self._handle, self._retries = handle, retries
         self._streaming = handle.options(stream=True)
+        self._last_known = 0
+        self._running = Recent(self._running_replicas)
 
     async def generate(self, request: Generation) -> AsyncGenerator[Event, None]:
         """A replica's events. Closing this, as a lost client does, stops the generation."""
@@ -81,9 +93,24 @@ class DecoderReplicas:
         return await self._ask(self._handle.detokenize, token_ids)
 
     async def running(self) -> int:
-        """How many replicas run."""
+        """How many replicas run, as Ray Serve's controller knows."""
+        try:
+            return await self._running.get()
+        except Exception as error:
+            logger.warning("Ray Serve's controller does not say what runs", exc_info=error)
+            raise ApiError(
+                503,
+                "Ray Serve's controller does not say how many replicas run; try again later",
+                code="status_unknown",
+                retry_after_s=RETRY_AFTER_S,
+            ) from error
+
+    def _running_replicas(self) -> int:
         handle = self._handle
-        return await asyncio.to_thread(running_replicas, handle.app_name, handle.deployment_name)
+        told = running_replicas(handle.app_name, handle.deployment_name)
+        if told is not None:
+            self._last_known = told
+        return self._last_known
 
     async def _ask(self, method: Any, *arguments: Any) -> Any:
         for _ in range(self._retries + 1):
@@ -101,6 +128,13 @@ class ServedReplica(DecoderReplica):
 
     def __init__(self, config: Config, desk: DeploymentHandle) -> None:
         super().__init__(config, desk.report.remote)
+
+
+class ServedVllmReplica(VllmReplica):
+    """One that vLLM decodes for; when vLLM's server dies, so does the replica."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config, on_end=leave)
 
 
 class ServedDesk:
@@ -160,17 +194,22 @@ def _api_error(error: Exception) -> ApiError:
     return internal_error()
 
 
-def running_replicas(application: str, deployment: str) -> int:
-    """As Serve's controller counts them."""
-    applications = ray_serve.status().applications
-    if application not in applications or deployment not in applications[application].deployments:
+def running_replicas(application: str, deployment: str) -> int | None:
+    """As Serve's controller counts them.
+
+    None where it does not say: after a `serve deploy` that failed, it names no deployments until
+    the next one, though those there are go on.
+    """
+    found = ray_serve.status().applications.get(application)
+    if found is None or not found.deployments:
+        return None
+    if deployment not in found.deployments:
         return 0
-    return applications[application].deployments[deployment].replica_states.get("RUNNING", 0)
+    return found.deployments[deployment].replica_states.get("RUNNING", 0)
 
 
 @ray_serve.deployment(
     ray_actor_options={"num_cpus": 0},
-    max_ongoing_requests=1000,
     graceful_shutdown_timeout_s=GRACEFUL_SHUTDOWN_S,
     # The next one takes over before this one stops.
     max_surge_percent=100,
@@ -191,6 +230,7 @@ class Ingress:
             config: of the HTTP service.
         """
         self._models, self._config = models, config
+        self._traffic = Traffic(config.max_requests)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Called by Ray Serve, after the constructor."""
@@ -198,7 +238,11 @@ class Ingress:
             Served(name, DecoderReplicas(decoder, config.retries), ServedDesk(desk), config)
             for name, (decoder, desk, config) in self._models.items()
         ]
-        return build_api(served, self._config)
+        return build_api(served, self._config, self._traffic)
+
+    async def drain(self) -> int:
+        """Take no new requests; how many have not ended."""
+        return self._traffic.drain()
 
 
 def build_app(args: Arguments) -> ray_serve.Application:
@@ -231,7 +275,11 @@ def application(config: Config) -> ray_serve.Application:
     models = {name: _model(name, one, config) for name, one in config.served_models().items()}
     # Read here: the ingress may be on another node.
     keys = {"api_keys": key_hashes(config.serve), "admin_keys": admin_key_hashes(config.serve)}
-    return Ingress.bind(models, config.serve.model_copy(update=keys))  # type: ignore[attr-defined]
+    # Below this, the guard refuses and health checks are answered; at it, Serve lets all wait.
+    ingress: Any = Ingress.options(  # type: ignore[attr-defined]
+        max_ongoing_requests=config.serve.max_requests + INGRESS_RESERVE
+    )
+    return ingress.bind(models, config.serve.model_copy(update=keys))
 
 
 def deployment_name(kind: str, model: str, config: Config) -> str:
@@ -244,20 +292,25 @@ def deployment_name(kind: str, model: str, config: Config) -> str:
 
 def _model(name: str, one: Config, whole: Config) -> tuple[Any, Any, ServeConfig]:
     """The deployments of a model, and its own section serve."""
+    by_vllm = one.serve.backend == "vllm"
     desk: Any = ray_serve.deployment(
         HeadDesk, name=deployment_name(DESK, name, whole), ray_actor_options={"num_cpus": 0}
     )
     head_desk = desk.bind(
-        one.draft.path, rounds=one.serve.canary_rounds, gain=one.serve.canary_gain
+        one.draft.path,
+        rounds=one.serve.canary_rounds,
+        gain=one.serve.canary_gain,
+        fixed=HEAD_IS_FIXED if by_vllm else None,
     )
     decoder = _decoder(deployment_name(DECODER, name, whole), one)
-    return decoder.bind(one, head_desk), head_desk, one.serve
+    decoders = decoder.bind(one) if by_vllm else decoder.bind(one, head_desk)
+    return decoders, head_desk, one.serve
 
 
 def _decoder(name: str, config: Config) -> Any:
     settings, decode = config.serve, config.decode
     return ray_serve.deployment(
-        ServedReplica,
+        ServedVllmReplica if settings.backend == "vllm" else ServedReplica,
         name=name,
         ray_actor_options={
             "num_cpus": settings.cpus_per_replica,

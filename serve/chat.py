@@ -19,6 +19,7 @@ from rich.text import Text
 from core.config import Config
 from core.errors import EXIT_DONE, EXIT_FAILURE, UserError
 from core.runtime.job import guarded
+from serve.text import Span
 
 if TYPE_CHECKING:
     from serve.local_chat import LocalChat
@@ -35,7 +36,7 @@ class Chat:
         self.figures: dict[str, Any] = {}
         self._client, self._settings = client, {"model": model, **settings}
 
-    def ask(self, text: str) -> Iterator[tuple[str, bool]]:
+    def ask(self, text: str) -> Iterator[Span]:
         """Yields spans of the answer; the question is kept only if it was answered.
 
         Raises:
@@ -163,10 +164,11 @@ def _answer(console: Console, chat: Chat | LocalChat, question: str) -> None:
 def _stats(figures: dict[str, Any]) -> str:
     if not figures:
         return "no answer yet"
-    return (
-        f"{figures['tokens_per_second']:.1f} tokens/s, accepted length "
-        f"{figures['accepted_length']:.2f}, {figures['rounds']} rounds"
-    )
+    said = [f"{figures['tokens_per_second']:.1f} tokens/s"]
+    # Not every backend tells of its rounds.
+    if "accepted_length" in figures:
+        said.append(f"accepted length {figures['accepted_length']:.2f}, {figures['rounds']} rounds")
+    return ", ".join(said)
 
 
 def _message(body: dict[str, Any]) -> str:

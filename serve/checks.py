@@ -18,6 +18,7 @@ from core.paths import PACKAGE_SCHEME, resolve_path
 from core.progress import say
 from core.runtime.connect import on_cluster
 from serve.keys import admin_key_hashes, key_hashes
+from serve.vllm import settings as vllm
 
 NAME = "serve"
 
@@ -54,6 +55,10 @@ def _checked(config: Config) -> Config:
             f"{error}\n  set target.path and draft.path to what is there; "
             "configs/serve_smollm2.yaml needs nothing but itself"
         ) from error
+    if config.serve.backend == "vllm":
+        for sentence in vllm.check(config):
+            say(NAME, sentence)
+        say(NAME, f"vLLM {vllm.check_python(config)} decodes")
     # A folder by its full path: nodes have other working directories.
     places = {"path": target_location(str(config.target.path))}
     own, base = target_fingerprint(target), None
@@ -70,12 +75,14 @@ def _checked(config: Config) -> Config:
             )
         say(NAME, "draft.path is not set: the target alone, without speculation")
         return config.replace(target=places)
-    load_head(
+    loaded = load_head(
         head,
         target_fingerprint=own,
         base_fingerprint=base,
         target_config=AutoConfig.from_pretrained(target),
     )
+    if config.serve.backend == "vllm":
+        vllm.check_head(loaded)
     return config.replace(target=places, draft={"path": _location(str(config.draft.path), head)})
 
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from pydantic import Field, field_validator, model_validator
 
 from serve.answers import Json, OpenAIAnswer
-from serve.fields import SampledBody, TokenId, Unicode
+from serve.fields import SampledBody, TokenId, Unicode, field_problem
 from serve.generation import Finished, Generation, Progressed, Prompt
 
 # OpenAI's defaults and limits.
@@ -21,7 +21,6 @@ MOST_PROMPTS = 64
 class CompletionRequest(SampledBody):
     """The body of a request."""
 
-    IGNORED: ClassVar[frozenset[str]] = frozenset({"user"})
     NEUTRAL: ClassVar[Mapping[str, Sequence[Any]]] = {
         "best_of": (1,),
         "suffix": ("",),
@@ -45,7 +44,8 @@ class CompletionRequest(SampledBody):
     @model_validator(mode="after")
     def _no_scored_echo(self) -> CompletionRequest:
         if self.echo and self.logprobs is not None:
-            raise ValueError("echo goes without logprobs here: those of a prompt are not computed")
+            message = "echo goes without logprobs here: those of a prompt are not computed"
+            raise field_problem("echo", message)
         return self
 
     @property

@@ -106,14 +106,18 @@ class _Trial:
 class HeadDesk:
     """Decides for all replicas. Its methods are coroutines, which Ray Serve runs in one thread."""
 
-    def __init__(self, path: str | None, *, rounds: int, gain: float) -> None:
+    def __init__(
+        self, path: str | None, *, rounds: int, gain: float, fixed: str | None = None
+    ) -> None:
         """Begin with the head of the configuration.
 
         Args:
             path: its folder; None is plain decoding.
             rounds: of each head, in a canary; see `judge`.
             gain: see `judge`.
+            fixed: why no other head can come; None where one can.
         """
+        self._fixed = fixed
         self._origin, self._rounds, self._gain = path, rounds, gain
         self._current = Head(0, path)
         self._last_number = 0
@@ -144,9 +148,12 @@ class HeadDesk:
             share: of the requests that go to it until it is promoted or rolled back; None
                 promotes it as soon as every replica has loaded it.
         Raises:
-            InputError: a path that depends on where one stands, or a share that is none.
+            InputError: a path that depends on where one stands, a share that is none, or a decoder
+                that cannot change its head.
             ConfigError: another head is on trial.
         """
+        if self._fixed is not None:
+            raise InputError(self._fixed)
         if not path.startswith(PACKAGE_SCHEME) and not Path(path).is_absolute():
             raise InputError(f"path={path[:200]}: give the full path, or one of a package (pkg://)")
         if share is not None and not 0 < share < 1:

@@ -5,7 +5,8 @@ Differences from OpenAI's service, all documented in the README:
 * Sampling settings default to the server's `decode` section (greedy as it comes), so that answers
   are those of the evaluation unless a client asks otherwise.
 * A field that would change the output and is not supported is an error, never ignored. One that
-  changes nothing (`user`, `metadata`, …, or `tools: []`) is accepted.
+  changes nothing (`user`, `metadata`, …, or `tools: []`) is accepted, if its type is right.
+* null is the same as leaving a field out.
 * `top_k`, `min_p`, `repetition_penalty` and `stop_token_ids` are vLLM's.
 * `aerie: {"spans": true}` adds `choices[…].aerie` with the text of each token and whether it had
   been guessed, and `aerie` with the figures of the whole answer. `"tree": true` adds each round's
@@ -18,14 +19,25 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetJsonSchemaHandler,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import CoreSchema, PydanticCustomError
 
-from serve.errors import ApiError
+from serve.errors import FIELD_PROBLEM
 from serve.generation import Generation, Prompt
 
 MOST_CHOICES = 16
 MOST_STOPS = 16
 MOST_TOP_LOGPROBS = 20
+# What a JSON schema says of a field besides what it may hold.
+ABOUT = ("title", "default", "description")
 
 
 def _encodable(text: str) -> str:
@@ -45,12 +57,10 @@ class Body(BaseModel):
     """A JSON object of which every field is known.
 
     Attributes:
-        IGNORED: fields that are accepted and change nothing.
         NEUTRAL: fields that are not supported, but harmless with these values.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-    IGNORED: ClassVar[frozenset[str]] = frozenset()
     NEUTRAL: ClassVar[Mapping[str, Sequence[Any]]] = {}
 
     @model_validator(mode="before")
@@ -64,18 +74,45 @@ class Body(BaseModel):
                 if given is not None:
                     kept[name] = given
             elif name in cls.NEUTRAL:
-                if given is not None and given not in cls.NEUTRAL[name]:
-                    # Not a ValueError: this way the error names the field.
-                    raise _unsupported(name, cls.NEUTRAL[name])
-            elif name not in cls.IGNORED:
+                if given is not None and not _is_one_of(given, cls.NEUTRAL[name]):
+                    message = f"{name} is {_only_as(cls.NEUTRAL[name])}; leave it out"
+                    raise field_problem(name, message, code="unsupported_parameter")
+            else:
                 kept[name] = given  # refused as unknown
         return kept
 
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        """What the description of the interface says of it: nulls and neutral values too."""
+        schema = handler.resolve_ref_schema(handler(core_schema))
+        fields = schema["properties"]
+        for name in fields.keys() - schema.get("required", ()):
+            given = fields[name]
+            if {"type": "null"} not in given.get("anyOf", ()):
+                about = {key: given.pop(key) for key in ABOUT if key in given}
+                fields[name] = {"anyOf": [given, {"type": "null"}], **about}
+        for name, neutral in cls.NEUTRAL.items():
+            fields[name] = {"enum": [*neutral, None], "description": _only_as(neutral)}
+        return schema
 
-def _unsupported(name: str, neutral: Sequence[Any]) -> ApiError:
+
+def field_problem(name: str, message: str, *, code: str | None = None) -> PydanticCustomError:
+    """What a validator of a whole body raises where one of its fields is to blame."""
+    return PydanticCustomError(
+        FIELD_PROBLEM, "{message}", {"field": name, "message": message, "code": code}
+    )
+
+
+def _is_one_of(given: Any, allowed: Sequence[Any]) -> bool:
+    # To Python, True is 1.
+    return any(type(given) is type(one) and given == one for one in allowed)
+
+
+def _only_as(neutral: Sequence[Any]) -> str:
     only = " or ".join(json.dumps(allowed) for allowed in neutral)
-    how = f"supported here only as {only}" if neutral else "not supported here"
-    return ApiError(400, f"{name} is {how}; leave it out", param=name, code="unsupported_parameter")
+    return f"supported here only as {only}" if neutral else "not supported here"
 
 
 def given_of(**settings: Any) -> dict[str, Any]:
@@ -123,6 +160,7 @@ class SampledBody(Body):
     stop: Unicode | list[Annotated[Unicode, Field(min_length=1)]] | None = None
     stop_token_ids: list[TokenId] | None = Field(None, max_length=1024)
     aerie: AerieOptions | None = None
+    user: Unicode | None = Field(None, description="changes nothing")
 
     @field_validator("stop")
     @classmethod
@@ -142,7 +180,8 @@ class SampledBody(Body):
     @model_validator(mode="after")
     def _options_belong_together(self) -> SampledBody:
         if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options is given without stream: true; drop it or stream")
+            message = "stream_options is given without stream: true; drop it or stream"
+            raise field_problem("stream_options", message)
         return self
 
     @property

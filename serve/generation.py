@@ -46,6 +46,7 @@ class Generation:
         schema: a JSON schema, as JSON, that the answers must follow.
         speculate: whether trees are drafted; without, each pass of the target gives one token.
         trees: whether the rounds' trees are told.
+        name: what logs call it.
     """
 
     prompts: tuple[Prompt, ...]
@@ -60,6 +61,7 @@ class Generation:
     schema: str | None = None
     speculate: bool = True
     trees: bool = False
+    name: str = ""
 
     @property
     def num_answers(self) -> int:
@@ -152,27 +154,42 @@ class ShownTree:
 
 
 @dataclass(frozen=True)
+class Speculated:
+    """What was drafted for a choice, where the backend tells it at the end alone.
+
+    Attributes:
+        drafts: that were verified.
+        draft_tokens: of all of them together.
+        accepted_per_place: how many of the first, the second, … tokens were kept.
+    """
+
+    drafts: int
+    draft_tokens: int
+    accepted_per_place: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Progressed:
-    """One round of a choice.
+    """One round of a choice, or several where the backend does not tell them apart.
 
     Attributes:
         choice: which, from 0.
         spans: its text, which may be none yet.
         ids: its tokens.
-        tree_size: of its draft tree; 0 for the prompt's pass.
+        tree_size: of its draft tree; 0 for the prompt's pass; None where it is not known.
         tokens: the same, where log-probabilities were asked for.
-        num_guessed: how many of them had been guessed: the first ones.
-        seconds: of the rounds since the event before.
+        num_guessed: how many of them had been guessed: the first ones; None as well.
+        seconds: of the rounds since the event before; None as well.
         tree: its draft tree, where trees were asked for.
     """
 
     choice: int
     spans: tuple[Span, ...]
     ids: tuple[int, ...]
-    tree_size: int
+    tree_size: int | None
     tokens: tuple[ScoredToken, ...] = ()
-    num_guessed: int = 0
-    seconds: PhaseSeconds = NO_SECONDS
+    num_guessed: int | None = 0
+    seconds: PhaseSeconds | None = NO_SECONDS
     tree: ShownTree | None = None
 
     @property
@@ -186,7 +203,7 @@ class Progressed:
 
 @dataclass(frozen=True)
 class Finished:
-    """Last event of a choice.
+    """Last event of a choice. What the backend does not tell is None.
 
     Attributes:
         choice: which, from 0.
@@ -201,11 +218,11 @@ class Finished:
     choice: int
     reason: Reason
     completion_tokens: int
-    rounds: int
-    accepted_length: float
-    tokens_per_second: float
-    tree_size: float = 1.0
-    seconds: PhaseSeconds = NO_SECONDS
+    rounds: int | None
+    accepted_length: float | None
+    tokens_per_second: float | None
+    tree_size: float | None = 1.0
+    seconds: PhaseSeconds | None = NO_SECONDS
 
     @property
     def openai_reason(self) -> Literal["stop", "length"]:
@@ -213,4 +230,4 @@ class Finished:
         return "length" if self.reason == "length" else "stop"
 
 
-Event = Rejected | Accepted | Progressed | Finished | Failed | Restarted
+Event = Rejected | Accepted | Progressed | Finished | Failed | Restarted | Speculated

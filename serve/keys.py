@@ -41,11 +41,12 @@ def key_hash(key: str) -> str:
     return hashlib.sha256(key.encode(errors="replace")).hexdigest()
 
 
-def is_known(authorization: str, hashes: Collection[str]) -> bool:
-    """Whether a header `Authorization` carries a key that may ask."""
+def known_key(authorization: str, hashes: Collection[str]) -> str | None:
+    """The hash of the key that a header `Authorization` carries, if that one may ask."""
     scheme, _, key = authorization.partition(" ")
     # What is compared is the hash: how long that takes says nothing of any key.
-    return scheme.lower() == "bearer" and key_hash(key.strip()) in hashes
+    given = key_hash(key.strip())
+    return given if scheme.lower() == "bearer" and given in hashes else None
 
 
 def _of_environment(field: str, name: str | None) -> list[str]:

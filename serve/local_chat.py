@@ -10,7 +10,7 @@ from core.config import Config
 from core.data.conversations import Message, Role
 from core.data.template import encode_prompt
 from core.decode.load import load_decoder
-from serve.text import TextStream
+from serve.text import Span, TextStream
 
 ROLES: dict[str, Role] = {"user": "user", "assistant": "assistant"}
 
@@ -32,7 +32,7 @@ class LocalChat:
         self._max_tokens = max_tokens
         self._decoder = load_decoder(config).decoder
 
-    def ask(self, text: str) -> Iterator[tuple[str, bool]]:
+    def ask(self, text: str) -> Iterator[Span]:
         """Yields spans of the answer; the question is kept only if it was answered.
 
         Raises:

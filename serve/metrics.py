@@ -19,7 +19,15 @@ from prometheus_client import (
     generate_latest,
 )
 
-from serve.generation import Accepted, Event, Finished, Progressed, Rejected, Restarted
+from serve.generation import (
+    Accepted,
+    Event,
+    Finished,
+    Progressed,
+    Rejected,
+    Restarted,
+    Speculated,
+)
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 FIRST_TOKEN_S = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60)
@@ -142,6 +150,8 @@ class Metrics:
                         self.refused.labels(self._model, str(event.status)).inc()
                     elif isinstance(event, Restarted):
                         self.restarted.inc()
+                    elif isinstance(event, Speculated):
+                        self._count_speculation(event)
                     yield event
             finally:
                 self._to(stage, None)
@@ -156,13 +166,17 @@ class Metrics:
         else:
             self.first_token.observe(now - began)
         last[progressed.choice] = now
-        if progressed.tree_size > 1:
-            self.drafts.inc()
-            self.draft_tokens.inc(progressed.tree_size - 1)
+        if progressed.tree_size is not None and progressed.tree_size > 1:
             self.tree_size.observe(progressed.tree_size)
-            self.accepted.inc(progressed.num_guessed)
-            for place in range(progressed.num_guessed):
-                self.accepted_per_pos.labels(self._model, str(place)).inc()
+            kept = (1,) * (progressed.num_guessed or 0)
+            self._count_speculation(Speculated(1, progressed.tree_size - 1, kept))
+
+    def _count_speculation(self, told: Speculated) -> None:
+        self.drafts.inc(told.drafts)
+        self.draft_tokens.inc(told.draft_tokens)
+        self.accepted.inc(sum(told.accepted_per_place))
+        for place, count in enumerate(told.accepted_per_place):
+            self.accepted_per_pos.labels(self._model, str(place)).inc(count)
 
     def _to(self, stage: Any, next_stage: Any) -> Any:
         """One request leaves a stage for the next."""

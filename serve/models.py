@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 from core.config import ServeConfig
 from serve.desk import Desk
 from serve.errors import ApiError, internal_error
 from serve.generation import Event, Failed, Generation, Prompt, Rejected, Tokens
+from serve.guard import arrival
 from serve.metrics import Metrics, Registry
 from serve.retry import resumed
 
@@ -35,7 +36,11 @@ class Backend(Protocol):
         """The text of tokens."""
 
     async def running(self) -> int:
-        """How many replicas run."""
+        """How many replicas run.
+
+        Raises:
+            ApiError: nobody can say.
+        """
 
 
 @dataclass(frozen=True)
@@ -72,9 +77,10 @@ class Model:
 
     def ask(self, request: Generation, streamed: bool) -> AsyncGenerator[Event, None]:
         """The events of a request, which are streamed to the client or not."""
-        retries = self._config.retries
+        came, retries = arrival(), self._config.retries
+        request = replace(request, name=came.name)
         events = resumed(self.backend.generate, request, streamed=streamed, retries=retries)
-        return _until(self._metrics.watched(events), self._config.deadline_s)
+        return _until(self._metrics.watched(events), came.at, self._config.deadline_s)
 
     async def tokenize(self, prompt: Prompt, field: str) -> Tokens | Rejected:
         """The tokens that a prompt is read as."""
@@ -138,10 +144,10 @@ class Models:
 
 
 async def _until(
-    events: AsyncGenerator[Event, None], seconds: float
+    events: AsyncGenerator[Event, None], came: float, seconds: float
 ) -> AsyncGenerator[Event, None]:
-    """The events; an error where the time is up or the decoder failed."""
-    deadline = asyncio.get_running_loop().time() + seconds
+    """The events; an error where the time since the request came is up or the decoder failed."""
+    deadline = came + seconds
     async with aclosing(events):
         while True:
             try:
@@ -157,8 +163,11 @@ async def _until(
 
 
 def _too_late(seconds: float) -> ApiError:
+    # Asked again, it would take as long again, beside all others.
     return ApiError(
-        408,
-        f"the answer took longer than {seconds:g} seconds; ask for fewer tokens",
+        504,
+        f"the answer took longer than {seconds:g} seconds, its waiting included; ask for fewer "
+        "tokens, or when fewer others ask",
         code="deadline_exceeded",
+        retry=False,
     )

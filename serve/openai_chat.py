@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from serve.answers import Json, OpenAIAnswer, scored
-from serve.fields import MOST_TOP_LOGPROBS, Body, SampledBody, Unicode
+from serve.fields import MOST_TOP_LOGPROBS, Body, SampledBody, Unicode, field_problem
 from serve.generation import Conversation, Finished, Generation, Progressed
 
 
@@ -19,18 +19,30 @@ class TextPart(Body):
 
     type: Literal["text"]
     text: Unicode
+    prompt_cache_breakpoint: dict[str, Any] | None = Field(None, description="changes nothing")
 
 
 class ChatMessage(Body):
     """One message of the conversation."""
 
+    # A client's own message objects come back with `tool_calls: null` and the like.
+    model_config = ConfigDict(json_schema_extra={"additionalProperties": {"type": "null"}})
+    NEUTRAL: ClassVar[Mapping[str, Sequence[Any]]] = {
+        "audio": (),
+        "function_call": (),
+        "refusal": (),
+        "tool_calls": ([],),
+    }
+
     role: Literal["system", "developer", "user", "assistant"]
     content: Unicode | list[TextPart]
+    name: Unicode | None = Field(
+        None, description="changes nothing: templates have no place for it"
+    )
 
     @model_validator(mode="before")
     @classmethod
     def _forget_nulls(cls, value: Any) -> Any:
-        """A client's own message objects come back with `tool_calls: null` and the like."""
         if isinstance(value, dict):
             return {k: v for k, v in value.items() if v is not None or k in cls.model_fields}
         return value
@@ -40,6 +52,13 @@ class ChatMessage(Body):
         if isinstance(self.content, str):
             return self.content
         return "".join(part.text for part in self.content)
+
+
+class Prediction(Body):
+    """What a client expects of the answer; the draft head guesses without it."""
+
+    type: Literal["content"]
+    content: Unicode | list[TextPart]
 
 
 class JsonSchema(Body):
@@ -85,19 +104,19 @@ def conversation(messages: Sequence[ChatMessage]) -> Conversation:
 class ChatRequest(SampledBody):
     """The body of a request."""
 
-    # Sent by many clients, without influence on the text.
-    IGNORED: ClassVar[frozenset[str]] = frozenset(
-        {
-            "metadata", "parallel_tool_calls", "prediction", "prompt_cache_key",
-            "prompt_cache_retention", "safety_identifier", "service_tier", "store", "user",
-        }
-    )  # fmt: skip
     NEUTRAL: ClassVar[Mapping[str, Sequence[Any]]] = {
-        "function_call": ("none",),
+        "audio": (),
+        "function_call": ("none", "auto"),
         "functions": ([],),
         "modalities": (["text"],),
+        "moderation": (),
+        # Models that think before they answer do it in the text, or do not.
+        "reasoning_effort": ("none",),
+        "store": (False,),
         "tool_choice": ("none", "auto"),
         "tools": ([],),
+        "verbosity": ("medium",),
+        "web_search_options": (),
     }
 
     messages: list[ChatMessage] = Field(min_length=1)
@@ -106,11 +125,24 @@ class ChatRequest(SampledBody):
     response_format: ResponseFormat | None = None
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=MOST_TOP_LOGPROBS)
+    service_tier: Literal["auto", "default", "flex", "scale", "priority", "fast"] | None = Field(
+        None, description="there is one here, the default"
+    )
+
+    # Sent by many clients, without influence on the text.
+    metadata: dict[str, Unicode] | None = None
+    parallel_tool_calls: bool | None = None
+    prediction: Prediction | None = None
+    prompt_cache_key: Unicode | None = None
+    prompt_cache_options: dict[str, Any] | None = None
+    prompt_cache_retention: Literal["in_memory", "in-memory", "24h"] | None = None
+    safety_identifier: Unicode | None = None
 
     @model_validator(mode="after")
     def _logprobs_belong_together(self) -> ChatRequest:
         if self.top_logprobs and not self.logprobs:
-            raise ValueError("top_logprobs is given without logprobs: true; drop it or add that")
+            message = "top_logprobs is given without logprobs: true; drop it or add that"
+            raise field_problem("top_logprobs", message)
         return self
 
     def generation(self) -> Generation:
@@ -123,7 +155,7 @@ class ChatRequest(SampledBody):
 
     def answer(self, model: str) -> ChatAnswer:
         """What builds the response."""
-        return ChatAnswer(
+        answer = ChatAnswer(
             model,
             "chatcmpl",
             choices=self.n,
@@ -131,10 +163,18 @@ class ChatRequest(SampledBody):
             with_trees=self.with_trees,
             with_usage=self.with_usage,
         )
+        answer.with_tier = self.service_tier is not None
+        return answer
 
 
 class ChatAnswer(OpenAIAnswer):
-    """The response to a chat."""
+    """The response to a chat, which tells of its tier where one was asked for."""
+
+    with_tier = False
+
+    def _head(self, kind: str) -> Json:
+        tier = {"service_tier": "default"} if self.with_tier else {}
+        return {**super()._head(kind), **tier}
 
     @property
     def _kinds(self) -> tuple[str, str]:

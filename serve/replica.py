@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Iterable, Iterator
+from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
@@ -65,6 +65,7 @@ class DecoderReplica:
         self._config = config
         decoder = apart(_load, config)
         self._target, self._tokenizer = decoder.target, decoder.target.tokenizer
+        self._words = Words(self._tokenizer, self._target.vocab_size)
         self._grammars = JsonGrammars(
             self._tokenizer, self._target.vocab_size, self._target.eos_token_ids
         )
@@ -104,13 +105,13 @@ class DecoderReplica:
         try:
             visit = self._loop.join(asked, version.lane)
         except BusyError as error:
-            yield _not_now(error, 429, "queue_full")
+            yield not_now(error, 429, "queue_full")
             return
         except ClosingError as error:
-            yield _not_now(error, 503, "shutting_down")
+            yield not_now(error, 503, "shutting_down")
             return
         answers = [
-            _Answer(turn, self._tokenizer, TextStream(self._tokenizer, request.stops), version)
+            _Answer(turn, self._words, TextStream(self._tokenizer, request.stops), version)
             for turn in visit.turns
         ]
         try:
@@ -136,7 +137,7 @@ class DecoderReplica:
     async def tokenize(self, prompt: Prompt, field: str) -> Tokens | Rejected:
         """The tokens that a prompt is read as."""
         try:
-            ids = self._prompt_ids(prompt)
+            ids = self._words.prompt_ids(prompt)
         except UserError as error:
             return Rejected(str(error), param=field)
         return Tokens(tuple(ids), _longest(self.heads.current.lane.decoder))
@@ -144,10 +145,9 @@ class DecoderReplica:
     async def detokenize(self, token_ids: tuple[int, ...]) -> str | Rejected:
         """The text of tokens, special ones included."""
         try:
-            self._check_ids(token_ids)
+            return self._words.text_of(token_ids)
         except UserError as error:
             return Rejected(str(error), param="tokens")
-        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=False))
 
     def _check(self, request: Generation, decoder: SpeculativeDecoder) -> Rejected | list[Request]:
         """What the decoder is asked, a request a choice, or why it is not."""
@@ -164,18 +164,18 @@ class DecoderReplica:
         try:
             # Before anything is done for it: when most are refused, that is what counts.
             self._loop.check_room(request.num_answers)
-            prompts = [self._prompt_ids(prompt) for prompt in request.prompts]
+            prompts = [self._words.prompt_ids(prompt) for prompt in request.prompts]
         except BusyError as error:
-            return _not_now(error, 429, "queue_full")
+            return not_now(error, 429, "queue_full")
         except UserError as error:
             return Rejected(str(error), param=request.prompt_field)
         longest = _longest(decoder)
         for prompt_ids in prompts:
-            if too_long := _too_long(request, len(prompt_ids), longest):
+            if too_long := refused_length(request, len(prompt_ids), longest):
                 return too_long
         stops = frozenset(request.stop_token_ids)
         try:
-            self._check_ids(stops)
+            self._words.check_ids(stops)
             settings = replace(SamplingSettings.of(self._config.decode), **request.sampling)
             settings.check_vocabulary(self._target.vocab_size)
         except UserError as error:
@@ -203,7 +203,20 @@ class DecoderReplica:
     def _constraint(self, request: Generation) -> Constraint | None:
         return None if request.schema is None else self._grammars.constraint(request.schema)
 
-    def _prompt_ids(self, prompt: Prompt) -> list[int]:
+
+class Words:
+    """What a target's tokenizer makes of prompts and of tokens, whoever decodes them."""
+
+    def __init__(self, tokenizer: Any, vocab_size: int) -> None:
+        """Remember the tokenizer, and how many tokens the target has."""
+        self._tokenizer, self._vocab_size = tokenizer, vocab_size
+
+    def prompt_ids(self, prompt: Prompt) -> list[int]:
+        """The tokens that a prompt is read as.
+
+        Raises:
+            UserError: it is none, or the chat template refuses it.
+        """
         from core.data.conversations import Message
         from core.data.template import encode_prompt
 
@@ -213,18 +226,42 @@ class DecoderReplica:
         if isinstance(prompt, str):
             ids: list[int] = self._tokenizer(prompt)["input_ids"]
         else:
-            self._check_ids(prompt)
+            self.check_ids(prompt)
             ids = list(prompt)
         if not ids:
             raise InputError("the prompt is empty; give at least one token")
         return ids
 
-    def _check_ids(self, token_ids: Iterable[int]) -> None:
-        size = self._target.vocab_size
+    def check_ids(self, token_ids: Iterable[int]) -> None:
+        """Refuse tokens that there are not.
+
+        Raises:
+            InputError: one of them.
+        """
+        size = self._vocab_size
         if (most := max(token_ids, default=0)) >= size:
             raise InputError(
                 f"token {most}: the model has {size} tokens; give ids from 0 to {size - 1}"
             )
+
+    def text_of(self, token_ids: Sequence[int]) -> str:
+        """The text of tokens, special ones included.
+
+        Raises:
+            InputError: there is no such token.
+        """
+        self.check_ids(token_ids)
+        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=False))
+
+    def scored(self, token: int, logprob: float, top: Iterable[tuple[int, float]]) -> ScoredToken:
+        """A token with its log-probability, and the likeliest ones with theirs."""
+        return ScoredToken(
+            token,
+            self.text_of([token]),
+            max(logprob, LEAST_LOGPROB),
+            tuple((self.text_of([one]), max(value, LEAST_LOGPROB)) for one, value in top),
+            token in self._tokenizer.all_special_ids,
+        )
 
 
 def _longest(decoder: SpeculativeDecoder) -> int:
@@ -232,7 +269,8 @@ def _longest(decoder: SpeculativeDecoder) -> int:
     return decoder.longest(decoder.plan)
 
 
-def _too_long(request: Generation, num_prompt: int, longest: int) -> Rejected | None:
+def refused_length(request: Generation, num_prompt: int, longest: int) -> Rejected | None:
+    """Why a prompt of so many tokens is not answered; None where it fits."""
     wanted = request.max_new_tokens
     if num_prompt + (wanted or 1) <= longest:
         return None
@@ -248,8 +286,8 @@ def _too_long(request: Generation, num_prompt: int, longest: int) -> Rejected | 
 class _Answer:
     """Turns the rounds of one choice into events, and counts them."""
 
-    def __init__(self, turn: Turn, tokenizer: Any, text: TextStream, version: Version) -> None:
-        self._turn, self._tokenizer, self._text = turn, tokenizer, text
+    def __init__(self, turn: Turn, words: Words, text: TextStream, version: Version) -> None:
+        self._turn, self._words, self._text = turn, words, text
         self._version = version
         self._passes = self._committed = self._nodes = 0
         self._seconds = NO_SECONDS
@@ -313,25 +351,17 @@ class _Answer:
         bonus = len(done.path)
         return ShownTree(
             done.tree.parents,
-            tuple(self._text_of(token) for token in done.tree.token_ids_N.tolist()),
+            tuple(self._words.text_of([token]) for token in done.tree.token_ids_N.tolist()),
             done.path[: count + 1],
-            self._text_of(done.tokens[bonus - 1]) if count >= bonus else None,
+            self._words.text_of([done.tokens[bonus - 1]]) if count >= bonus else None,
         )
 
     def _scored(self, token: TokenLogprobs) -> ScoredToken:
-        return ScoredToken(
-            token.token_id,
-            self._text_of(token.token_id),
-            max(token.logprob, LEAST_LOGPROB),
-            tuple((self._text_of(one), max(value, LEAST_LOGPROB)) for one, value in token.top),
-            token.token_id in self._tokenizer.all_special_ids,
-        )
-
-    def _text_of(self, token: int) -> str:
-        return str(self._tokenizer.decode([token], skip_special_tokens=False))
+        return self._words.scored(token.token_id, token.logprob, token.top)
 
 
-def _not_now(error: Exception, status: int, code: str) -> Rejected:
+def not_now(error: Exception, status: int, code: str) -> Rejected:
+    """A refusal of what may be taken a moment later."""
     return Rejected(str(error), status=status, code=code, retry_after_s=RETRY_AFTER_S)
 
 

@@ -163,5 +163,5 @@ class _Told:
             spans=tuple(split(event.spans, known_text)[1]),
             ids=event.ids[len(known) :],
             tokens=event.tokens[len(known) :],
-            num_guessed=max(0, event.num_guessed - len(known)),
+            num_guessed=event.num_guessed and max(0, event.num_guessed - len(known)),
         )

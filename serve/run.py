@@ -26,7 +26,8 @@ from serve.checks import NAME, check, check_machine, check_room, surge_that_fits
 
 SECTIONS = ("convert", "target", "draft", "decode", "serve", "cluster")
 APPLICATION = "aerie"
-LOGGING = LoggingConfig(log_level="WARNING", enable_access_log=False)
+# For an ingress that is told to take no more.
+DRAIN_S = 10.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -58,6 +59,7 @@ def serve(read: Callable[[], Config]) -> None:
         while signals.wait() == signal.SIGHUP:
             config = _renewed(config, read)
         say(NAME, "finishing running answers, a minute at most; Ctrl-C again stops at once")
+        drain()
         # Not `shutdown`: a cluster may serve other applications.
         ray_serve.delete(APPLICATION)
     except TimeoutError:
@@ -73,7 +75,7 @@ def start(config: Config) -> None:
     """Deploy on the connected Ray; returns when the replicas are ready."""
     ray_serve.start(
         http_options=HTTPOptions(host=config.serve.host, port=config.serve.port),
-        logging_config=LOGGING,
+        logging_config=_logging(config),
     )
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     deploy(config)
@@ -82,7 +84,8 @@ def start(config: Config) -> None:
 def deploy(config: Config) -> None:
     """Bring a configuration into service, in place of another one if there is one."""
     for name, one in config.served_models().items():
-        measuring = one.draft.path and one.decode.total_tokens == "auto"
+        own = one.serve.backend == "aerie"
+        measuring = own and one.draft.path and one.decode.total_tokens == "auto"
         adapted = f" with {one.target.adapter}" if one.target.adapter else ""
         say(
             NAME,
@@ -92,7 +95,19 @@ def deploy(config: Config) -> None:
             + ("" if one.serve.replicas else ", when it is asked for"),
         )
     app = application(surge_that_fits(config))
-    ray_serve.run(app, name=APPLICATION, logging_config=LOGGING)
+    ray_serve.run(app, name=APPLICATION, logging_config=_logging(config))
+
+
+def drain() -> None:
+    """Have the ingress refuse new requests, so that clients know at once; it is stopped next."""
+    ingress = ray_serve.get_app_handle(APPLICATION)
+    at_work = ingress.drain.remote().result(timeout_s=DRAIN_S)
+    say(NAME, f"{at_work} requests are at work")
+
+
+def _logging(config: Config) -> LoggingConfig:
+    # The guard writes a line a request, which says more than Serve's own.
+    return LoggingConfig(log_level=config.serve.log_level, enable_access_log=False)
 
 
 def _renewed(config: Config, read: Callable[[], Config]) -> Config:

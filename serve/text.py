@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-# Text, and whether the draft head guessed every token it came from.
-Span = tuple[str, bool]
+# Text, and whether the draft head guessed every token it came from; None where nobody knows.
+Span = tuple[str, bool | None]
 
 REPLACEMENT = "\ufffd"
 

@@ -67,6 +67,7 @@ class GenerateRequest(Body):
 
     inputs: Unicode
     parameters: Parameters = Field(default_factory=Parameters)
+    stream: bool = Field(False, description="/generate_stream streams in any case")
 
     def generation(self, *, stream: bool = False) -> Generation:
         """What the decoder is asked; tokens are told of in a stream and in details alone."""
@@ -123,7 +124,9 @@ class GenerateAnswer(Answer):
         return sent
 
     def ended(self, finished: Finished) -> list[Json | str]:
-        details = self._details(finished) if self._request.parameters.details else None
+        details = None
+        if self._request.parameters.details:
+            details = {**self._details(finished), "input_length": self.prompt_tokens}
         return [{**(self._last or {}), "generated_text": self._generated(), "details": details}]
 
     def closing(self) -> list[Json | str]:

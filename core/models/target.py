@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from transformers import (
     AutoTokenizer,
     BitsAndBytesConfig,
+    GenerationConfig,
+    PretrainedConfig,
     PreTrainedModel,
 )
 from transformers.cache_utils import Cache
@@ -358,7 +360,7 @@ def load_target(config: TargetConfig, num_threads: int | None = None) -> Target:
         dtype=dtype,
         fingerprint=own,
         base_fingerprint=base,
-        eos_token_ids=_eos_token_ids(model, tokenizer),
+        eos_token_ids=eos_token_ids(model.generation_config, model.config, tokenizer),
         fused=fused,
     )
 
@@ -403,12 +405,16 @@ def _device(config: TargetConfig) -> torch.device:
     return torch.device(config.device)
 
 
-def _eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """All tokens that end a generation: the generation config's and the tokenizer's."""
+def eos_token_ids(
+    generation: GenerationConfig | None,
+    config: PretrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+) -> frozenset[int]:
+    """All tokens that end a generation: those of both configs and the tokenizer's."""
     found: set[int] = set()
     for value in (
-        getattr(model.generation_config, "eos_token_id", None),
-        model.config.get_text_config().eos_token_id,
+        getattr(generation, "eos_token_id", None),
+        config.get_text_config().eos_token_id,
         tokenizer.eos_token_id,
     ):
         if isinstance(value, int):

@@ -9,7 +9,6 @@ from typing import Any
 from transformers import AutoConfig
 
 from core.config import Config
-from core.draft.base import TargetGeometry
 from core.draft.export import OWN, export_head, export_own
 from core.draft.folder import check_folder, check_target
 from core.draft.formats import WRITABLE, ExportTarget, read_head
@@ -45,13 +44,8 @@ def export_draft(config: Config, folder: RunFolder) -> Mapping[str, Any]:
     inputs = export_inputs(config)
     found = read_head(inputs["draft.path"])
     about = AutoConfig.from_pretrained(inputs["target.path"])
-    target = ExportTarget(
-        path=str(config.target.path),
-        architectures=tuple(about.architectures or ()),
-        geometry=TargetGeometry.of(about),
-        num_layers=int(about.get_text_config().num_hidden_layers),
-        fingerprint=target_fingerprint(inputs["target.path"]),
-    )
+    fingerprint = target_fingerprint(inputs["target.path"])
+    target = ExportTarget.of(str(config.target.path), about, fingerprint)
     check_target(inputs["draft.path"], found, target.fingerprint, about)
     assert config.export.format is not None
     say(STAGE, f"{found.head.config.kind} head ({found.format}) → {config.export.format}")

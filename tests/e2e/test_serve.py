@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -22,6 +23,7 @@ import pytest
 import yaml
 
 from core.models.target import Target, load_target
+from tests.descriptions import parsed_answer
 from tests.e2e.serving import (
     ADMIN_KEY,
     MAX_CONTEXT,
@@ -74,7 +76,9 @@ def client(served: Served) -> Iterator[openai.OpenAI]:
         yield client
 
 
-def create(client: openai.OpenAI, prompt: str = PROMPTS[0], **settings: Any) -> Any:
+def create(
+    client: openai.OpenAI | openai.AsyncOpenAI, prompt: str = PROMPTS[0], **settings: Any
+) -> Any:
     return client.chat.completions.create(
         model="tiny",
         messages=[{"role": "user", "content": prompt}],
@@ -137,6 +141,58 @@ def test_it_answers_as_evaluate_draft_does(
     lines = (tmp_path / "evaluation" / "outputs.jsonl").read_text("utf-8").split("\n")[:-1]
     evaluated = {values["id"]: values["text"] for values in map(json.loads, lines)}
     assert evaluated == {p: text_of(create(client, p, stream=True)) for p in PROMPTS}
+
+
+def test_the_asynchronous_client_waits_and_streams(
+    served: Served, expected: dict[str, Expected]
+) -> None:
+    """All prompts at once, each both ways."""
+
+    async def whole(client: openai.AsyncOpenAI, prompt: str) -> str:
+        answer = await create(client, prompt)
+        return str(answer.choices[0].message.content)
+
+    async def in_parts(client: openai.AsyncOpenAI, prompt: str) -> str:
+        chunks = [chunk async for chunk in await create(client, prompt, stream=True)]
+        assert len(chunks) > 2
+        return text_of(chunks)
+
+    async def all_of_them() -> list[str]:
+        async with openai.AsyncOpenAI(
+            base_url=f"{served.url}/v1", api_key="none", max_retries=0, timeout=TIMEOUT_S
+        ) as client:
+            works = [way(client, prompt) for way in (whole, in_parts) for prompt in PROMPTS]
+            return await asyncio.gather(*works)
+
+    answers = asyncio.run(all_of_them())
+    assert answers == [expected[prompt].text for prompt in PROMPTS] * 2
+
+
+def test_curl_makes_the_calls_of_tgi_that_the_readme_shows(served: Served) -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (script,) = re.findall(r"```sh\n(curl [^`]*/generate_stream[^`]*)```", readme)
+    calls = [f"curl {rest}" for rest in script.split("curl ")[1:]]
+    answers = []
+    for call in calls:
+        command = call.replace("http://127.0.0.1:8000", served.url).replace("curl", "curl -sS", 1)
+        done = subprocess.run(
+            ["bash", "-c", command], capture_output=True, text=True, timeout=TIMEOUT_S
+        )
+        assert (done.returncode, done.stderr) == (0, "")
+        answers.append(done.stdout)
+    body = json.loads(answers[0])
+    parsed_answer("/generate", body)
+    tokens = body["details"]["tokens"]
+    assert (body["details"]["finish_reason"], len(tokens)) == ("length", 20)
+
+    lines = answers[1].split("\n\n")
+    assert lines.pop() == ""
+    assert all(line.startswith("data:") for line in lines)
+    events = [json.loads(line.removeprefix("data:")) for line in lines]
+    for event in events:
+        parsed_answer("/generate_stream", event, chunk=True)
+    assert [event["token"]["id"] for event in events] == [token["id"] for token in tokens]
+    assert [event["generated_text"] for event in events] == [None] * 19 + [body["generated_text"]]
 
 
 def test_usage(client: openai.OpenAI, expected: dict[str, Expected]) -> None:

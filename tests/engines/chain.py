@@ -12,7 +12,6 @@ from core.config import Config
 from core.data.prompts import read_prompts
 from core.data.template import encode_prompt
 from core.decode.load import load_decoder
-from core.draft.base import TargetGeometry
 from core.draft.export import export_head
 from core.draft.formats import ExportTarget, read_head
 from core.draft.formats.files import TOKEN_MAP
@@ -32,12 +31,7 @@ def export_for(target: Path, head: Path, format_name: str, folder: Path) -> Expo
     """Export a head in float32, with nothing beside it that the engine does not read."""
     about = AutoConfig.from_pretrained(target)
     found = read_head(head)
-    to = ExportTarget(
-        str(target.absolute()),
-        tuple(about.architectures or ()),
-        TargetGeometry.of(about),
-        about.get_text_config().num_hidden_layers,
-    )
+    to = ExportTarget.of(str(target.absolute()), about)
     export_head(folder, found.head, to, format_name, "float32")
     (folder / TOKEN_MAP).unlink(missing_ok=True)
     return ExportedFor(folder, found.head.config.kind, target)

@@ -6,6 +6,7 @@ No Ray: the replica is in this process, and the application is called without a 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from contextlib import aclosing
 from typing import Any
@@ -287,8 +288,8 @@ def test_tokens_there_and_back(service: Service) -> None:
         (TEXT, "suffix", {"suffix": "."}),
         (TGI, "inputs", {"inputs": 5}),
         (TGI, "parameters.max_new_tokens", {"parameters": {"max_new_tokens": 0}}),
-        (TGI, "grammar", {"parameters": {"grammar": {"type": "json"}}}),
-        (TGI, "watermark", {"parameters": {"watermark": True}}),
+        (TGI, "parameters.grammar", {"parameters": {"grammar": {"type": "json"}}}),
+        (TGI, "parameters.watermark", {"parameters": {"watermark": True}}),
         ("/tokenize", "unknown", {"unknown": 1}),
         ("/tokenize", "prompt", {"prompt": 5}),
         ("/detokenize", "tokens", {"tokens": [99999]}),
@@ -307,6 +308,14 @@ def test_a_wrong_field_is_named(service: Service, path: str, param: str, fields:
         (400, "POST", CHAT, b"{"),
         (400, "POST", TEXT, b"[" * 10_000),
         (400, "POST", TGI, b'["a list"]'),
+        (400, "POST", TGI, json.dumps(HELLO[TGI]).encode("utf-16")),
+        (400, "POST", TGI, b'\xef\xbb\xbf{"inputs": "Hello!"}'),
+        (
+            400,
+            "POST",
+            CHAT,
+            json.dumps({**HELLO[CHAT], "prompt_cache_options": {"a": math.nan}}).encode(),
+        ),
         (404, "GET", "/v1/nothing", b""),
         (404, "GET", "/v1/models/gpt", b""),
         (405, "GET", CHAT, b""),

@@ -140,7 +140,7 @@ def test_a_format_that_is_none_is_refused(value: Any) -> None:
             "messages.0.content",
             {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
         ),
-        ("messages.0.name", {"messages": [{"role": "user", "content": "x", "name": "Bo"}]}),
+        ("messages.0.mood", {"messages": [{"role": "user", "content": "x", "mood": "Bo"}]}),
         ("messages.0.content", {"messages": [{"role": "user", "content": "\ud800"}]}),
         ("model", {"model": None}),
         ("top_k", {"top_k": -2}),

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from core.models.tiny import SPECIAL_TOKENS, byte_tokenizer
-from serve.text import Detokenizer, StopFilter, TextStream
+from serve.text import Detokenizer, Span, StopFilter, TextStream
 
 BYTES = byte_tokenizer()
 
@@ -103,7 +103,7 @@ def test_what_may_begin_a_stop_string_waits_and_keeps_its_colour() -> None:
     assert stop_filter.stopped
 
 
-def push_all(stream: TextStream, text: str, drafted: list[bool]) -> list[tuple[str, bool]]:
+def push_all(stream: TextStream, text: str, drafted: list[bool]) -> list[Span]:
     return stream.push(BYTES.encode(text, add_special_tokens=False), drafted)
 
 

@@ -28,6 +28,10 @@ PER_MODEL = (
     "canary_gain",
     "retries",
     "deadline_s",
+    "backend",
+    "vllm_python",
+    "vllm_arguments",
+    "vllm_start_s",
 )
 ANY_NAME = "aerie"
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -174,6 +178,20 @@ class ServeConfig(Section):
     )
     cpus_per_replica: float = setting(2.0, "CPUs a replica; also its threads", gt=0)
     gpus_per_replica: float = setting(0.0, "GPUs a replica", ge=0)
+    backend: Literal["aerie", "vllm"] = setting(
+        "aerie",
+        "what decodes: Aerie's own decoder, or vLLM's server, whose drafts are chains of "
+        "decode.depth + 1 tokens and no trees",
+    )
+    vllm_python: str | None = setting(
+        None, "vllm: the Python of an environment with vLLM, on every node; null is this one"
+    )
+    vllm_arguments: tuple[str, ...] = setting(
+        (), "vllm: further arguments of its server, such as --gpu-memory-utilization=0.8"
+    )
+    vllm_start_s: float = setting(
+        900.0, "vllm: seconds after which a server that is not ready is given up", gt=0
+    )
     max_new_tokens: int = setting(512, "tokens generated where a request names no limit", ge=1)
     api_keys: tuple[Sha256, ...] = setting(
         (), "SHA-256, in hexadecimal, of the keys that clients may have; none of all lets all in"
@@ -199,6 +217,15 @@ class ServeConfig(Section):
         gt=-1,
     )
     max_request_bytes: int = setting(1_000_000, "longest body of a request", ge=1024)
+    body_timeout_s: float = setting(
+        30.0, "seconds within which the body of a request must have come", gt=0
+    )
+    max_requests: int = setting(
+        1000,
+        "requests that may be at work at a time, those included whose body is still to come; "
+        "more are refused",
+        ge=1,
+    )
     retries: int = setting(
         3, "other replicas that a request is asked of when the one that answers it dies", ge=0
     )
@@ -207,6 +234,14 @@ class ServeConfig(Section):
     )
     deadline_s: float = setting(
         600.0, "seconds after which an answer is given up, its waiting included", gt=0
+    )
+    cors_origins: tuple[str, ...] = setting(
+        (),
+        "origins whose pages browsers let talk to the server, such as https://chat.example.org; "
+        "* is all, none leaves it to the server's own page",
+    )
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = setting(
+        "INFO", "least level of what is logged; at INFO, a line a request"
     )
 
     @property

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from torch import Tensor
+from transformers import PretrainedConfig
 
 from core.draft.base import DraftHead, TargetGeometry
 from core.draft.formats.files import HeadFolder
@@ -45,6 +46,17 @@ class ExportTarget:
     geometry: TargetGeometry
     num_layers: int
     fingerprint: str = ""
+
+    @classmethod
+    def of(cls, path: str, config: PretrainedConfig, fingerprint: str = "") -> ExportTarget:
+        """Of a target with an HF config."""
+        return cls(
+            path=path,
+            architectures=tuple(config.architectures or ()),
+            geometry=TargetGeometry.of(config),
+            num_layers=int(config.get_text_config().num_hidden_layers),
+            fingerprint=fingerprint,
+        )
 
 
 @dataclass(frozen=True)
