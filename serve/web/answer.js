@@ -55,12 +55,14 @@ async function* roundsOf(body, headers, signal) {
     method: "POST", signal, headers: { ...headers, "Content-Type": "application/json" }, body: JSON.stringify(body),
   });
   if (!response.ok) throw new Error(await failure(response));
+  let complete = false;
   for await (const data of serverSent(response.body)) {
-    if (data === "[DONE]") return;
+    complete = data === "[DONE]";
+    if (complete) continue;  // to the end of the response: nothing is on its way any more
     const chunk = JSON.parse(data);
     if (chunk.error) throw new Error(chunk.error.message);
     const round = chunk.choices[0]?.aerie;
     if (round) yield round;
   }
-  throw new Error("The connection ended before the answer did.");
+  if (!complete) throw new Error("The connection ended before the answer did.");
 }

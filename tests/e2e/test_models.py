@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 import pytest
 import torch
+from playwright.sync_api import BrowserContext, expect
 
 from core.config import Config, FinetuneConfig
 from core.models.adapters import load_for_training, save_adapters
@@ -25,6 +26,7 @@ from tests.e2e.serving import (
     one_thread,
     serving,
 )
+from tests.e2e.test_web import browser, limit_answers, needs_chromium, send, tab_to  # noqa: F401
 
 pytestmark = [pytest.mark.e2e, pytest.mark.cluster, pytest.mark.slow]
 
@@ -122,6 +124,26 @@ def test_the_desk_of_a_model_is_asked_by_its_name(several: Served) -> None:
     }
     head = several.config.draft.path
     assert paths == {"tiny": head, "team/plain": None, "adapted": head}
+
+
+@needs_chromium
+@pytest.mark.browser
+def test_the_page_has_them_to_choose_from(several: Served, browser: BrowserContext) -> None:  # noqa: F811
+    page = browser.new_page()
+    page.goto(several.url)
+    expect(page.locator("#model")).to_have_text("tiny")
+    tab_to(page, "Settings")
+    page.keyboard.press("Enter")
+    tab_to(page, "Model")
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("ArrowDown")
+    expect(page.locator("#model")).to_have_text("adapted")
+    limit_answers(page, NUM_TOKENS)
+    send(page, PROMPTS[0])
+    expect(page.locator("#status")).to_contain_text("The answer is complete")
+    wanted = text_of(ask(several, "adapted", PROMPTS[0]))
+    assert page.locator(".turn.assistant .body").text_content() == wanted
+    page.close()
 
 
 @pytest.mark.parametrize(("name", "code"), [("adapted", 0), ("no", 1)])
