@@ -17,6 +17,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
 from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
+from ray.util import list_named_actors
 
 from core.config import Config, DecodeConfig, ServeConfig
 from core.errors import UserError
@@ -66,7 +67,6 @@ class DecoderReplicas:
     def __init__(self, handle: DeploymentHandle, retries: int) -> None:
         self._handle, self._retries = handle, retries
         self._streaming = handle.options(stream=True)
-        self._last_known = 0
         self._running = Recent(self._running_replicas)
 
     async def generate(self, request: Generation) -> AsyncGenerator[Event, None]:
@@ -107,10 +107,7 @@ class DecoderReplicas:
 
     def _running_replicas(self) -> int:
         handle = self._handle
-        told = running_replicas(handle.app_name, handle.deployment_name)
-        if told is not None:
-            self._last_known = told
-        return self._last_known
+        return running_replicas(handle.app_name, handle.deployment_name)
 
     async def _ask(self, method: Any, *arguments: Any) -> Any:
         for _ in range(self._retries + 1):
@@ -194,15 +191,17 @@ def _api_error(error: Exception) -> ApiError:
     return internal_error()
 
 
-def running_replicas(application: str, deployment: str) -> int | None:
+def running_replicas(application: str, deployment: str) -> int:
     """As Serve's controller counts them.
 
-    None where it does not say: after a `serve deploy` that failed, it names no deployments until
-    the next one, though those there are go on.
+    After a `serve deploy` that failed, it names no deployments until the next one, though those
+    there are go on. Then their actors are counted.
     """
     found = ray_serve.status().applications.get(application)
     if found is None or not found.deployments:
-        return None
+        prefix = f"SERVE_REPLICA::{application}#{deployment}#"
+        actors: list[Any] = list_named_actors(all_namespaces=True)
+        return sum(str(actor["name"]).startswith(prefix) for actor in actors)
     if deployment not in found.deployments:
         return 0
     return found.deployments[deployment].replica_states.get("RUNNING", 0)

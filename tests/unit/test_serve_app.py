@@ -13,7 +13,7 @@ import pytest
 from ray import serve as ray_serve
 from ray.serve.exceptions import BackPressureError
 
-from serve import recent
+from serve import app, recent
 from serve.app import DecoderReplicas
 from serve.errors import ApiError
 from serve.generation import Accepted, Event, Generation
@@ -97,7 +97,10 @@ def test_replicas_go_on_where_serve_does_not_say(monkeypatch: pytest.MonkeyPatch
     statuses = iter(
         SimpleNamespace(applications={"aerie": SimpleNamespace(deployments=one)}) for one in found
     )
+    names = ("aerie#Decoder#a", "aerie#Decoder#b", "aerie#Decoder:x#a", "other#Decoder#a")
+    actors = [{"name": f"SERVE_REPLICA::{name}", "namespace": "serve"} for name in names]
     monkeypatch.setattr(ray_serve, "status", lambda: next(statuses))
+    monkeypatch.setattr(app, "list_named_actors", lambda all_namespaces: actors)
     asked = replicas(Response(None))
     assert [asked._running_replicas() for _ in found] == [2, 2, 0]
 
