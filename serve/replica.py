@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import AsyncGenerator, Iterable, Iterator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from core.config import Config
 from core.decode.phases import NO_SECONDS
-from core.errors import BusyError, InputError, UserError
+from core.errors import BusyError, UserError
 from core.progress import say
 from serve.apart import apart
 from serve.generation import (
     LEAST_LOGPROB,
     Accepted,
-    Conversation,
     Event,
     Failed,
     Finished,
@@ -29,15 +29,17 @@ from serve.generation import (
     Tokens,
 )
 from serve.loop import ClosingError, DecodingError, DecodingLoop, Turn
+from serve.reading import Reader
 from serve.text import TextStream
 
 if TYPE_CHECKING:
     from core.decode.engine import SpeculativeDecoder
-    from core.decode.grammar import Constraint
     from core.decode.requests import Event as DecoderEvent
     from core.decode.requests import Request
     from core.decode.sampler import TokenLogprobs
     from serve.heads import AskDesk, Version
+
+logger = logging.getLogger("ray.serve")
 
 # When the queue is full: by then some answer has ended, or the client should wait longer yet.
 RETRY_AFTER_S = 1
@@ -58,15 +60,12 @@ class DecoderReplica:
             desk: says which draft head to use; None keeps the configured one.
         """
         # torch is imported here and not above: the ingress imports this file, and needs none of it.
-        from core.decode.grammar import JsonGrammars
         from serve.heads import Heads
 
         self._config = config
         decoder = apart(_load, config)
         self._target, self._tokenizer = decoder.target, decoder.target.tokenizer
-        self._grammars = JsonGrammars(
-            self._tokenizer, self._target.vocab_size, self._target.eos_token_ids
-        )
+        self._reader = Reader(self._tokenizer, self._target.vocab_size, self._target.eos_token_ids)
         self._loop = DecodingLoop(decoder)
         self.heads = Heads(config, self._loop, desk)
 
@@ -84,6 +83,10 @@ class DecoderReplica:
         await self.heads.start()
         if not self._loop.healthy:
             raise DecodingError("the decoder fails in every round")
+        if self._loop.hangs(most_s := self._config.serve.max_round_s):
+            raise DecodingError(
+                f"a round of the decoder runs for more than serve.max_round_s={most_s:g} seconds"
+            )
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """Called by Ray Serve about once a second, for `serve.autoscaling`."""
@@ -96,7 +99,7 @@ class DecoderReplica:
         request up: its places and its rows are free when the round that runs is over.
         """
         version = self.heads.choose()
-        asked = self._check(request, version.lane.decoder)
+        asked = await self._check(request, version.lane.decoder)
         if isinstance(asked, Rejected):
             yield asked
             return
@@ -116,13 +119,15 @@ class DecoderReplica:
             yield Accepted(sum(len(one.prompt_ids) for one in asked[:: request.choices]))
             if request.echo:
                 for turn in visit.turns:
-                    text = self._tokenizer.decode(turn.request.prompt_ids, skip_special_tokens=True)
-                    yield Progressed(turn.place, ((str(text), False),), (), 0)
+                    ids = turn.request.prompt_ids
+                    text = await self._reader.apart(self._reader.text, ids, special=False)
+                    yield Progressed(turn.place, ((text, False),), (), 0)
             async with aclosing(visit.events()) as events:
                 async for turn, event in events:
                     for one in answers[turn.place].take(event):
                         yield one
-        except DecodingError:
+        except DecodingError as error:
+            logger.error("request %s: %s", request.name, error)
             version.count_failure()
             yield Failed(
                 "the decoder failed while it answered; try again, or see the server's log",
@@ -135,7 +140,7 @@ class DecoderReplica:
     async def tokenize(self, prompt: Prompt, field: str) -> Tokens | Rejected:
         """The tokens that a prompt is read as."""
         try:
-            ids = self._prompt_ids(prompt)
+            ids = await self._reader.apart(self._reader.prompt_ids, prompt)
         except UserError as error:
             return Rejected(str(error), param=field)
         return Tokens(tuple(ids), _longest(self.heads.current.lane.decoder))
@@ -143,12 +148,13 @@ class DecoderReplica:
     async def detokenize(self, token_ids: tuple[int, ...]) -> str | Rejected:
         """The text of tokens, special ones included."""
         try:
-            self._check_ids(token_ids)
+            return await self._reader.apart(self._reader.text, token_ids, special=True)
         except UserError as error:
             return Rejected(str(error), param="tokens")
-        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=False))
 
-    def _check(self, request: Generation, decoder: SpeculativeDecoder) -> Rejected | list[Request]:
+    async def _check(
+        self, request: Generation, decoder: SpeculativeDecoder
+    ) -> Rejected | list[Request]:
         """What the decoder is asked, a request a choice, or why it is not."""
         from core.decode.requests import Request
         from core.decode.sampling import SamplingSettings
@@ -159,29 +165,22 @@ class DecoderReplica:
                 f"{self._loop.most} at a time; send several requests",
                 param=request.prompt_field,
             )
+        stops = frozenset(request.stop_token_ids)
         try:
             # Before anything is done for it: when most are refused, that is what counts.
             self._loop.check_room(request.num_answers)
-            prompts = [self._prompt_ids(prompt) for prompt in request.prompts]
+            self._reader.check_ids(stops)
+            settings = replace(SamplingSettings.of(self._config.decode), **request.sampling)
+            settings.check_vocabulary(self._target.vocab_size)
         except BusyError as error:
             return _not_now(error, 429, "queue_full")
         except UserError as error:
-            return Rejected(str(error), param=request.prompt_field)
-        longest = _longest(decoder)
-        for prompt_ids in prompts:
-            if too_long := _too_long(request, len(prompt_ids), longest):
-                return too_long
-        stops = frozenset(request.stop_token_ids)
-        try:
-            self._check_ids(stops)
-            settings = replace(SamplingSettings.of(self._config.decode), **request.sampling)
-            settings.check_vocabulary(self._target.vocab_size)
-        except UserError as error:
             return Rejected(str(error))
-        try:
-            constraints = [self._constraint(request) for _ in range(request.num_answers)]
-        except UserError as error:
-            return Rejected(str(error), param="response_format")
+        longest = _longest(decoder)
+        read = await self._reader.apart(self._reader.read, request, longest)
+        if isinstance(read, Rejected):
+            return read
+        prompts, constraints = read
         most = self._config.serve.max_new_tokens
         return [
             Request(
@@ -196,49 +195,10 @@ class DecoderReplica:
             for place in range(request.choices)
         ]
 
-    def _constraint(self, request: Generation) -> Constraint | None:
-        return None if request.schema is None else self._grammars.constraint(request.schema)
-
-    def _prompt_ids(self, prompt: Prompt) -> list[int]:
-        from core.data.conversations import Message
-        from core.data.template import encode_prompt
-
-        if isinstance(prompt, Conversation):
-            messages = [Message(role, content) for role, content in prompt.messages]
-            return encode_prompt(self._tokenizer, messages)
-        if isinstance(prompt, str):
-            ids: list[int] = self._tokenizer(prompt)["input_ids"]
-        else:
-            self._check_ids(prompt)
-            ids = list(prompt)
-        if not ids:
-            raise InputError("the prompt is empty; give at least one token")
-        return ids
-
-    def _check_ids(self, token_ids: Iterable[int]) -> None:
-        size = self._target.vocab_size
-        if (most := max(token_ids, default=0)) >= size:
-            raise InputError(
-                f"token {most}: the model has {size} tokens; give ids from 0 to {size - 1}"
-            )
-
 
 def _longest(decoder: SpeculativeDecoder) -> int:
     """Most tokens of prompt and answer together."""
     return decoder.longest(decoder.plan)
-
-
-def _too_long(request: Generation, num_prompt: int, longest: int) -> Rejected | None:
-    wanted = request.max_new_tokens
-    if num_prompt + (wanted or 1) <= longest:
-        return None
-    asked = "" if wanted is None else f", and {wanted} are to be generated"
-    return Rejected(
-        f"this model's longest sequence is {longest} tokens; {request.prompt_field} takes "
-        f"{num_prompt}{asked}; shorten it or ask for fewer tokens",
-        param=request.prompt_field,
-        code="context_length_exceeded",
-    )
 
 
 class _Answer:
