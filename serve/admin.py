@@ -32,6 +32,14 @@ def add_admin(api: FastAPI, desk: Desk) -> None:
         """The head in use, the one on trial, and what came of earlier ones."""
         return await desk.status()
 
+    @api.delete("/admin/draft")
+    async def abort() -> dict[str, Any]:
+        """End the trial; what it was is the answer."""
+        try:
+            return shown_decision(await desk.abort())
+        except ConfigError as error:
+            raise ApiError(404, str(error), code="no_trial") from error
+
     @api.post("/admin/draft")
     async def draft(body: DraftRequest) -> JSONResponse:
         """Load a head beside the one in use. Answers when it takes requests, or never will."""

@@ -8,6 +8,7 @@ import queue
 import signal
 import socket
 import sys
+import time
 from collections.abc import Callable, Sequence
 from types import FrameType
 
@@ -32,7 +33,10 @@ from serve.keys import admin_key_hashes, key_hashes
 NAME = "serve"
 SECTIONS = ("convert", "target", "draft", "decode", "serve", "cluster")
 APPLICATION = "aerie"
+# Of Ray Serve itself; the application's is `serve.log_level`.
 LOGGING = LoggingConfig(log_level="WARNING", enable_access_log=False)
+# For which running answers are waited for at the end, and how often it is looked.
+DRAIN_S, LOOK_EVERY_S = 60.0, 0.5
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -64,10 +68,13 @@ def serve(read: Callable[[], Config]) -> None:
         while signals.wait() == signal.SIGHUP:
             config = _renewed(config, read)
         say(NAME, "finishing running answers, a minute at most; Ctrl-C again stops at once")
+        drained = drain()
+        if not drained:
+            say(NAME, "some answers take longer and are cut off")
         # Not `shutdown`: a cluster may serve other applications.
-        ray_serve.delete(APPLICATION)
+        ray_serve.delete(APPLICATION, _blocking=drained)
     except TimeoutError:
-        say(NAME, "some answers took longer and are cut off")
+        say(NAME, "the replicas take long to stop and are left to Ray Serve")
     except KeyboardInterrupt:
         pass
     finally:
@@ -94,7 +101,28 @@ def deploy(config: Config) -> None:
         + (", then measuring which draft tree pays" if measuring else ""),
     )
     app = build_app(_with_surge_that_fits(config))
-    ray_serve.run(app, name=APPLICATION, logging_config=LOGGING)
+    logs = LoggingConfig(log_level=config.serve.log_level, enable_access_log=False)
+    ray_serve.run(app, name=APPLICATION, logging_config=logs)
+
+
+def drain() -> bool:
+    """Have new requests refused (503), and wait for those that run; whether all have ended.
+
+    Ray Serve itself forgets the route of an application that is deleted at once, so clients would
+    read of a path that is not found while others' answers still run.
+    """
+    until = time.monotonic() + DRAIN_S
+    try:
+        ingress = ray_serve.get_app_handle(APPLICATION)
+        while ingress.drain.remote().result(timeout_s=DRAIN_S):
+            if time.monotonic() > until:
+                return False
+            time.sleep(LOOK_EVERY_S)
+    except Exception as error:
+        # Whatever it is: the server is to stop.
+        say(NAME, f"the ingress does not answer ({type(error).__name__}), so it is not waited for")
+        return False
+    return True
 
 
 def _renewed(config: Config, read: Callable[[], Config]) -> Config:
