@@ -10,9 +10,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray import serve as ray_serve
 from ray.serve.exceptions import BackPressureError
 
-from serve import app, recent
+from serve import recent
 from serve.app import DecoderReplicas
 from serve.errors import ApiError
 from serve.generation import Accepted, Event, Generation
@@ -120,7 +121,7 @@ def states(**counts: int) -> SimpleNamespace:
 @pytest.fixture
 def controller(monkeypatch: pytest.MonkeyPatch) -> Controller:
     controller = Controller()
-    monkeypatch.setattr(app.ray_serve, "status", controller.status)
+    monkeypatch.setattr(ray_serve, "status", controller.status)
     return controller
 
 

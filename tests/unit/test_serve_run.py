@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ray import serve as ray_serve
 from ray._private.thirdparty.pathspec import PathSpec
 
 from core.config import Config, load_config
@@ -211,7 +212,7 @@ class Ingress:
 @pytest.fixture
 def ingress(monkeypatch: pytest.MonkeyPatch) -> Ingress:
     ingress = Ingress()
-    monkeypatch.setattr(run.ray_serve, "get_app_handle", lambda name: ingress)
+    monkeypatch.setattr(ray_serve, "get_app_handle", lambda name: ingress)
     monkeypatch.setattr(run, "LOOK_EVERY_S", 0.0)
     return ingress
 
@@ -243,7 +244,7 @@ def test_the_applications_log_has_its_level(monkeypatch: pytest.MonkeyPatch, lev
     monkeypatch.setattr(run, "build_app", lambda config: None)
     monkeypatch.setattr(run, "_with_surge_that_fits", lambda config: config)
     monkeypatch.setattr(
-        run.ray_serve, "run", lambda app, name, logging_config: seen.append(logging_config)
+        ray_serve, "run", lambda app, name, logging_config: seen.append(logging_config)
     )
     run.deploy(Config().replace(serve={"log_level": level}))
     assert [one.log_level for one in seen] == [level]
