@@ -35,6 +35,14 @@ def add_admin(api: FastAPI, models: Models) -> None:
         """A model's head in use, the one on trial, and what came of earlier ones."""
         return await models.named(model).desk.status()
 
+    @api.delete("/admin/draft", responses=answers(None, *GUARDED, 403, 404))
+    async def abort(model: str | None = None) -> dict[str, Any]:
+        """End a model's trial; what it was is the answer."""
+        try:
+            return shown_decision(await models.named(model).desk.abort())
+        except ConfigError as error:
+            raise ApiError(404, str(error), code="no_trial") from error
+
     @api.post("/admin/draft", responses=answers(None, *GUARDED, 400, 403, 404, 409))
     async def draft(body: DraftRequest) -> JSONResponse:
         """Load a head beside the one in use. Answers when it takes requests, or never will."""

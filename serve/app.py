@@ -144,6 +144,10 @@ class ServedDesk:
         """See `HeadDesk`."""
         return await self._ask(self._handle.propose, path, share)
 
+    async def abort(self) -> Decision:
+        """See `HeadDesk`."""
+        return await self._ask(self._handle.abort)
+
     async def settled(self, number: int, timeout_s: float) -> Decision | None:
         """See `HeadDesk`."""
         return await self._ask(self._handle.settled, number, timeout_s)

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from serve.local_chat import LocalChat
 
 LONGEST_ANSWER = 512
+# Characters that are shown of an error that is not the server's own.
+LONGEST_REFUSAL = 200
 HELP = "/reset forgets the conversation, /stats shows the last answer's figures, /quit leaves"
 
 
@@ -47,7 +49,8 @@ class Chat:
         answer = ""
         with self._client.stream("POST", "/v1/chat/completions", json=body) as response:
             if response.is_error:
-                raise httpx.HTTPError(_message(json.loads(response.read())))
+                response.read()
+                raise httpx.HTTPError(_refusal(response))
             for line in response.iter_lines():
                 data = line.removeprefix("data: ")
                 if data in ("", "[DONE]"):
@@ -100,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(f"aerie chat: {arguments.url} asks for an API key, and {arguments.key_env} "
                       "does not hold it; set it, or give --key-env", file=sys.stderr)  # fmt: skip
                 return EXIT_FAILURE
-            there = [one["id"] for one in response.raise_for_status().json()["data"]]
+            there = _models(response)
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             print(f"aerie chat: no server at {arguments.url} ({error}); start one with "
                   "`aerie serve` or give --url", file=sys.stderr)  # fmt: skip
@@ -173,6 +176,31 @@ def _stats(figures: dict[str, Any]) -> str:
 
 def _message(body: dict[str, Any]) -> str:
     return str(body["error"]["message"])
+
+
+def _refusal(response: httpx.Response) -> str:
+    """The server's reason, or what a proxy in front of it says."""
+    try:
+        return _message(response.json())
+    except (ValueError, KeyError, TypeError):
+        said = " ".join(response.text.split())[:LONGEST_REFUSAL]
+        return f"{response.status_code} {response.reason_phrase}: {said or 'no reason is given'}"
+
+
+def _models(response: httpx.Response) -> list[str]:
+    """The models that a server lists, one at least.
+
+    Raises:
+        httpx.HTTPError: it refuses, or what answers is no such server.
+    """
+    if response.is_error:
+        raise httpx.HTTPError(_refusal(response))
+    try:
+        if names := [str(one["id"]) for one in response.json()["data"]]:
+            return names
+    except (ValueError, KeyError, TypeError) as error:
+        raise httpx.HTTPError("what answers there lists no models") from error
+    raise httpx.HTTPError("what answers there lists no models")
 
 
 if __name__ == "__main__":

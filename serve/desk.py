@@ -26,7 +26,7 @@ GONE_AFTER_S = 10 * REPORT_EVERY_S
 # Decisions that are remembered.
 MOST_DECISIONS = 50
 
-Outcome = Literal["promoted", "rolled back", "refused"]
+Outcome = Literal["promoted", "rolled back", "refused", "aborted"]
 
 logger = logging.getLogger("ray.serve")
 
@@ -87,6 +87,9 @@ class Desk(Protocol):
 
     async def propose(self, path: str, share: float | None = None) -> Head:
         """Try a head."""
+
+    async def abort(self) -> Decision:
+        """End the trial."""
 
     async def settled(self, number: int, timeout_s: float) -> Decision | None:
         """Wait until a head takes requests or was refused."""
@@ -160,12 +163,26 @@ class HeadDesk:
             raise InputError(f"canary={share}: give a share of the requests between 0 and 1")
         if self._trial is not None:
             raise ConfigError(
-                f"{self._trial.head.path} is on trial; wait until it is decided (GET /admin/draft)"
+                f"{self._trial.head.path} is on trial; wait until that is decided "
+                "(GET /admin/draft), or end it (DELETE /admin/draft)"
             )
         head = Head(self._next_number(), path)
         self._trial = _Trial(head, share)
         logger.warning("draft head %d, %s: being loaded", head.number, path)
         return head
+
+    async def abort(self) -> Decision:
+        """End the trial, or a head's loading: the head in use gets all requests again.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        trial = self._trial
+        if trial is None:
+            raise ConfigError("no draft head is on trial; see GET /admin/draft")
+        decision = Decision(trial.head, "aborted", "as was asked for", *_sums(trial))
+        self._end(decision)
+        return decision
 
     async def report(self, report: Report) -> Order:
         """Take a replica's report; what it is to do."""

@@ -18,7 +18,7 @@ from core.decode.engine import SpeculativeDecoder
 from core.decode.load import load_head_for
 from core.decode.requests import Request
 from core.decode.tree import PLAIN
-from core.errors import BusyError, InputError, UserError
+from core.errors import BusyError, UserError
 from serve.apart import apart
 from serve.canary import Tally
 from serve.desk import REPORT_EVERY_S, Head, Order, Report
@@ -67,7 +67,8 @@ class Heads:
         self.current = Version(Head(0, config.draft.path), loop.lane)
         self.trial: Version | None = None
         self._share = 0.0
-        self._refused: tuple[int, str] | None = None
+        # Numbers of heads that cannot be used here, and why.
+        self._refused: dict[int, str] = {}
         self._loading: asyncio.Task[None] | None = None
         self._following: asyncio.Task[None] | None = None
 
@@ -79,16 +80,27 @@ class Heads:
         return trial
 
     async def start(self) -> None:
-        """Get to the head that is in use elsewhere, and follow the desk from then on."""
+        """Get to the head that is in use elsewhere, and follow the desk from then on.
+
+        Where that head cannot be used, the configured one stays: answers are the same with any.
+        """
         if self._desk is None or self._following is not None:
             return
         self._following = asyncio.create_task(self._follow())
         order = await self._step()
-        while order is not None and order.current.number != self.current.head.number:
-            if self._refused is not None and self._refused[0] == order.current.number:
-                raise InputError(self._refused[1])
+        while order is not None and self._is_new(order.current):
             await asyncio.sleep(REPORT_EVERY_S / 10)
             self._obey(order)
+        if order is not None and (reason := self._refused.get(order.current.number)):
+            logger.error(
+                "draft head %d, %s, is in use elsewhere and CANNOT BE USED HERE: %s. This replica "
+                "keeps the configured one, %s; bring another head with POST /admin/draft",
+                order.current.number, order.current.path, reason, self.current.head.path,
+            )  # fmt: skip
+
+    def _is_new(self, head: Head) -> bool:
+        """Whether it is to be got to."""
+        return head.number != self.current.head.number and head.number not in self._refused
 
     async def _follow(self) -> None:
         while True:
@@ -103,7 +115,8 @@ class Heads:
             origin=self._config.draft.path,
             current=self.current.head,
             ready=trial.head.number if trial else None,
-            refused=self._refused,
+            # The trial's, if it was: its number is the highest.
+            refused=max(self._refused.items(), default=None),
             old=self.current.tally,
             new=trial.tally if trial else Tally(),
         )
@@ -117,7 +130,7 @@ class Heads:
         return order
 
     def _obey(self, order: Order) -> None:
-        new = order.current.number != self.current.head.number
+        new = self._is_new(order.current)
         wanted = order.current if new else order.trial
         if self.trial and (wanted is None or wanted.number != self.trial.head.number):
             self.trial = None
@@ -136,8 +149,7 @@ class Heads:
         self._share = order.share
 
     def _begin_to_load(self, head: Head) -> None:
-        refused = self._refused is not None and self._refused[0] == head.number
-        if not refused and (self._loading is None or self._loading.done()):
+        if head.number not in self._refused and (self._loading is None or self._loading.done()):
             self._share = 0.0
             self._loading = asyncio.create_task(self._load(head))
 
@@ -148,10 +160,10 @@ class Heads:
         except ClosingError:
             pass  # this replica is no example for others
         except UserError as error:
-            self._refused = (head.number, str(error))
+            self._refused[head.number] = str(error)
         except Exception as error:
             logger.exception("draft head %d cannot be used", head.number)
-            self._refused = (head.number, f"it cannot be used: {type(error).__name__}: {error}")
+            self._refused[head.number] = f"it cannot be used: {type(error).__name__}: {error}"
         else:
             self.trial = Version(head, lane)
 

@@ -133,6 +133,8 @@ class DecodingLoop:
         self._pace = Pace()
         self._refused = 0
         self._closing = False
+        # When the round that runs began (monotonic); None between rounds.
+        self._round_began: float | None = None
         # A daemon: a process that has to end does not wait for an answer.
         self._thread = threading.Thread(target=self._run, name="decoder", daemon=True)
         self._thread.start()
@@ -185,6 +187,21 @@ class DecodingLoop:
         """Whether a new request has a chance."""
         return self._thread.is_alive() and self.lane.failures < MOST_FAILURES
 
+    def hangs(self, most_s: float) -> bool:
+        """Whether a round has run for longer; those who wait are then told, and nobody else let in.
+
+        The round itself cannot be ended but with its process.
+        """
+        began = self._round_began
+        if began is None or time.monotonic() - began <= most_s:
+            return False
+        self.close()
+        with self._changed:
+            visits = {turn.visit for turn in self._turns if turn.open}
+        for visit in visits:
+            _hand_over(visit, None)
+        return True
+
     def load(self) -> Load:
         """What is to be done, and how fast that goes."""
         pace = self._pace
@@ -222,7 +239,7 @@ class DecodingLoop:
             return list(self._turns)
 
     def _round(self, lane: Lane, turns: Sequence[Turn]) -> None:
-        began = time.monotonic()
+        began = self._round_began = time.monotonic()
         try:
             self._let_go([turn for turn in turns if not turn.open])
             self._take_in([turn for turn in turns if turn.open and turn.id is None])
@@ -235,6 +252,8 @@ class DecodingLoop:
             self._fail(turns)
             lane.decoder.reset()
             return
+        finally:
+            self._round_began = None
         lane.failures = 0
         self._tell(lane, events, began)
 

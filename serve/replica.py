@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from core.config import Config
 from core.decode.phases import NO_SECONDS
-from core.errors import BusyError, UserError
+from core.errors import BusyError
 from core.progress import say
 from serve.apart import apart
 from serve.generation import (
@@ -28,16 +29,17 @@ from serve.generation import (
     Tokens,
 )
 from serve.loop import ClosingError, DecodingError, DecodingLoop, Turn
-from serve.reading import Words, not_now, read_request
+from serve.reading import Reader, Words, not_now
 from serve.text import TextStream
 
 if TYPE_CHECKING:
     from core.decode.engine import SpeculativeDecoder
-    from core.decode.grammar import Constraint
     from core.decode.requests import Event as DecoderEvent
     from core.decode.requests import Request, Round
     from core.decode.sampler import TokenLogprobs
     from serve.heads import AskDesk, Version
+
+logger = logging.getLogger("ray.serve")
 
 
 class DecoderReplica:
@@ -61,10 +63,10 @@ class DecoderReplica:
         self._config = config
         decoder = apart(_load, config)
         self._target, self._tokenizer = decoder.target, decoder.target.tokenizer
-        self._words = Words(self._tokenizer, self._target.vocab_size)
-        self._grammars = JsonGrammars(
-            self._tokenizer, self._target.vocab_size, self._target.eos_token_ids
-        )
+        vocab_size = self._target.vocab_size
+        self._words = Words(self._tokenizer, vocab_size)
+        grammars = JsonGrammars(self._tokenizer, vocab_size, self._target.eos_token_ids)
+        self._reader = Reader(self._words, config.decode, grammars)
         self._loop = DecodingLoop(decoder)
         self.heads = Heads(config, self._loop, desk)
 
@@ -82,6 +84,10 @@ class DecoderReplica:
         await self.heads.start()
         if not self._loop.healthy:
             raise DecodingError("the decoder fails in every round")
+        if self._loop.hangs(most_s := self._config.serve.max_round_s):
+            raise DecodingError(
+                f"a round of the decoder runs for more than serve.max_round_s={most_s:g} seconds"
+            )
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """Called by Ray Serve about once a second, for `serve.autoscaling`."""
@@ -94,7 +100,7 @@ class DecoderReplica:
         request up: its places and its rows are free when the round that runs is over.
         """
         version = self.heads.choose()
-        asked = self._check(request, version.lane.decoder)
+        asked = await self._check(request, version.lane.decoder)
         if isinstance(asked, Rejected):
             yield asked
             return
@@ -114,13 +120,14 @@ class DecoderReplica:
             yield Accepted(sum(len(one.prompt_ids) for one in asked[:: request.choices]))
             if request.echo:
                 for turn in visit.turns:
-                    text = self._tokenizer.decode(turn.request.prompt_ids, skip_special_tokens=True)
-                    yield Progressed(turn.place, ((str(text), False),), (), 0)
+                    text = await self._reader.echo(turn.request.prompt_ids)
+                    yield Progressed(turn.place, ((text, False),), (), 0)
             async with aclosing(visit.events()) as events:
                 async for turn, event in events:
                     for one in answers[turn.place].take(event):
                         yield one
-        except DecodingError:
+        except DecodingError as error:
+            logger.error("request %s: %s", request.name, error)
             version.count_failure()
             yield Failed(
                 "the decoder failed while it answered; try again, or see the server's log",
@@ -132,25 +139,23 @@ class DecoderReplica:
 
     async def tokenize(self, prompt: Prompt, field: str) -> Tokens | Rejected:
         """The tokens that a prompt is read as."""
-        return self._words.tokens(prompt, field, _longest(self.heads.current.lane.decoder))
+        return await self._reader.tokens(prompt, field, _longest(self.heads.current.lane.decoder))
 
     async def detokenize(self, token_ids: tuple[int, ...]) -> str | Rejected:
         """The text of tokens, special ones included."""
-        return self._words.text(token_ids)
+        return await self._reader.text(token_ids)
 
-    def _check(self, request: Generation, decoder: SpeculativeDecoder) -> Rejected | list[Request]:
+    async def _check(
+        self, request: Generation, decoder: SpeculativeDecoder
+    ) -> Rejected | list[Request]:
         """What the decoder is asked, a request a choice, or why it is not."""
         from core.decode.requests import Request
         from core.decode.tree import PLAIN
 
         longest = _longest(decoder)
-        read = read_request(request, self._words, self._loop, self._config.decode, longest)
+        read = await self._reader.read(request, self._loop, longest)
         if isinstance(read, Rejected):
             return read
-        try:
-            constraints = [self._constraint(request) for _ in range(request.num_answers)]
-        except UserError as error:
-            return Rejected(str(error), param="response_format")
         most = self._config.serve.max_new_tokens
         return [
             Request(
@@ -161,14 +166,11 @@ class DecoderReplica:
                 frozenset(request.stop_token_ids),
                 None if request.speculate else PLAIN,
                 with_trees=request.trees,
-                constraint=constraints.pop(),
+                constraint=read.constraints.pop(),
             )
             for prompt_ids in read.prompts
             for place in range(request.choices)
         ]
-
-    def _constraint(self, request: Generation) -> Constraint | None:
-        return None if request.schema is None else self._grammars.constraint(request.schema)
 
 
 def _longest(decoder: SpeculativeDecoder) -> int:

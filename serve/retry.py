@@ -90,7 +90,9 @@ async def resumed(
                 else:
                     return
         except ReplicaLostError as error:
-            logger.warning("a request is begun anew, %d times more at most: %s", left, error)
+            logger.warning(
+                "request %s is begun anew, %d times more at most: %s", request.name, left, error
+            )
             if not left:
                 raise lost_for_good(retries) from error
             left -= 1

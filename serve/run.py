@@ -7,6 +7,7 @@ import logging
 import queue
 import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
 from types import FrameType
 
@@ -26,8 +27,8 @@ from serve.checks import NAME, check, check_machine, check_room, surge_that_fits
 
 SECTIONS = ("convert", "target", "draft", "decode", "serve", "cluster")
 APPLICATION = "aerie"
-# For an ingress that is told to take no more.
-DRAIN_S = 10.0
+# For which running answers are waited for at the end, and how often it is looked.
+DRAIN_S, LOOK_EVERY_S = 60.0, 0.5
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -59,11 +60,13 @@ def serve(read: Callable[[], Config]) -> None:
         while signals.wait() == signal.SIGHUP:
             config = _renewed(config, read)
         say(NAME, "finishing running answers, a minute at most; Ctrl-C again stops at once")
-        drain()
+        drained = drain()
+        if not drained:
+            say(NAME, "some answers take longer and are cut off")
         # Not `shutdown`: a cluster may serve other applications.
-        ray_serve.delete(APPLICATION)
+        ray_serve.delete(APPLICATION, _blocking=drained)
     except TimeoutError:
-        say(NAME, "some answers took longer and are cut off")
+        say(NAME, "the replicas take long to stop and are left to Ray Serve")
     except KeyboardInterrupt:
         pass
     finally:
@@ -98,16 +101,24 @@ def deploy(config: Config) -> None:
     ray_serve.run(app, name=APPLICATION, logging_config=_logging(config))
 
 
-def drain() -> None:
-    """Have the ingress refuse new requests, so that clients know at once; it is stopped next."""
+def drain() -> bool:
+    """Have new requests refused (503), and wait for those that run; whether all have ended.
+
+    Ray Serve itself forgets the route of an application that is deleted at once, so clients would
+    read of a path that is not found while others' answers still run.
+    """
+    until = time.monotonic() + DRAIN_S
     try:
         ingress = ray_serve.get_app_handle(APPLICATION)
-        at_work = ingress.drain.remote().result(timeout_s=DRAIN_S)
+        while ingress.drain.remote().result(timeout_s=DRAIN_S):
+            if time.monotonic() > until:
+                return False
+            time.sleep(LOOK_EVERY_S)
     except Exception as error:
-        # Whatever it is: the application is to be stopped all the same.
-        say(NAME, f"the ingress does not answer ({type(error).__name__}) and is not waited for")
-        return
-    say(NAME, f"{at_work} requests are at work")
+        # Whatever it is: the server is to stop.
+        say(NAME, f"the ingress does not answer ({type(error).__name__}), so it is not waited for")
+        return False
+    return True
 
 
 def _logging(config: Config) -> LoggingConfig:

@@ -103,9 +103,18 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message
     Raises:
         TemplateError: no template, or it refuses the messages.
     """
-    text = render(tokenizer, adapted(tokenizer, messages), generation_prompt=True)
+    text = prompt_text(tokenizer, messages)
     ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     return ids
+
+
+def prompt_text(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> str:
+    """The text of which `encode_prompt` gives the tokens; its special ones are in it.
+
+    Raises:
+        TemplateError: no template, or it refuses the messages.
+    """
+    return render(tokenizer, adapted(tokenizer, messages), generation_prompt=True)
 
 
 def adapted(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> tuple[Message, ...]:

@@ -9,8 +9,9 @@ Shapes: N tree nodes, V target vocabulary.
 from __future__ import annotations
 
 import math
+import threading
+from collections import OrderedDict
 from collections.abc import Collection, Sequence
-from functools import cached_property
 from typing import Any
 
 import llguidance
@@ -24,30 +25,56 @@ from core.errors import InputError
 
 # Between a value and the next sign. Without an end to it, small models say nothing else.
 WHITESPACE = r"[ \n]{0,12}"
+# Schemas that are kept; to read a large one takes a second.
+MOST_SCHEMAS = 32
 
 
 class JsonGrammars:
     """Makes constraints for a target's tokens."""
 
     def __init__(self, tokenizer: Any, vocab_size: int, eos_token_ids: Collection[int]) -> None:
-        """Remember them; the first constraint takes a second to build a table of all tokens.
+        """Build a table of all tokens, which takes a second.
 
         Args:
             tokenizer: of transformers.
             vocab_size: rows of the target's logits.
             eos_token_ids: that end an answer.
         """
-        self._tokenizer, self._vocab_size = tokenizer, vocab_size
-        self._eos_token_ids = sorted(eos_token_ids)
+        ends = sorted(eos_token_ids)
+        # Not of torch: filling so many values would start threads in whichever thread this is.
+        end_V = np.zeros(vocab_size, dtype=bool)
+        end_V[ends] = True
+        self._end_V = torch.from_numpy(end_V)
+        self._lock = threading.Lock()
+        self._begun: OrderedDict[str, llguidance.LLMatcher] = OrderedDict()
+        self._tokens: llguidance.LLTokenizer | InputError
+        try:
+            self._tokens = llguidance.hf.from_tokenizer(
+                tokenizer, n_vocab=vocab_size, eos_token=ends
+            )
+        except ValueError as error:
+            self._tokens = InputError(f"this target's tokenizer has no JSON grammars: {error}")
 
     def constraint(self, schema: str) -> Constraint:
-        """For one answer.
+        """For one answer; any thread may ask. Of the schemas asked for last, none is read again.
 
         Args:
             schema: a JSON schema, as JSON.
         Raises:
-            InputError: it is no schema, or one that the library does not know.
+            InputError: it is no schema, or one that the library does not know, or the target's
+                tokenizer has no grammars.
         """
+        begun = self._begun.get(schema) or self._compiled(schema)
+        with self._lock:
+            self._begun[schema] = begun
+            self._begun.move_to_end(schema)
+            if len(self._begun) > MOST_SCHEMAS:
+                self._begun.popitem(last=False)
+            return Constraint(begun.deep_copy(), self._end_V)
+
+    def _compiled(self, schema: str) -> llguidance.LLMatcher:
+        if isinstance(self._tokens, InputError):
+            raise self._tokens
         try:
             options: Any = {"whitespace_pattern": WHITESPACE}
             grammar = llguidance.LLMatcher.grammar_from_json_schema(schema, overrides=options)
@@ -56,28 +83,20 @@ class JsonGrammars:
         matcher = llguidance.LLMatcher(self._tokens, grammar, log_level=0)
         if matcher.is_error():
             raise InputError(f"the JSON schema cannot be used: {matcher.get_error()[:500]}")
-        return Constraint(matcher, self._eos_token_ids, self._vocab_size)
-
-    @cached_property
-    def _tokens(self) -> llguidance.LLTokenizer:
-        try:
-            return llguidance.hf.from_tokenizer(
-                self._tokenizer, n_vocab=self._vocab_size, eos_token=self._eos_token_ids
-            )
-        except ValueError as error:
-            raise InputError(f"this target's tokenizer has no JSON grammars: {error}") from error
+        return matcher
 
 
 class Constraint:
     """A grammar, and how far one answer has come in it."""
 
-    def __init__(
-        self, matcher: llguidance.LLMatcher, eos_token_ids: Sequence[int], vocab_size: int
-    ) -> None:
-        """Begin before the first token."""
-        self._matcher = matcher
-        self._end_V = torch.zeros(vocab_size, dtype=torch.bool)
-        self._end_V[list(eos_token_ids)] = True
+    def __init__(self, matcher: llguidance.LLMatcher, end_V: Tensor) -> None:
+        """Begin before the first token.
+
+        Args:
+            matcher: of this answer alone.
+            end_V: bool [V]: the tokens that end it.
+        """
+        self._matcher, self._end_V = matcher, end_V
 
     def append(self, token_ids: Sequence[int]) -> None:
         """Further tokens of the answer; what comes behind its end does not count."""

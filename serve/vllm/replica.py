@@ -24,7 +24,7 @@ from serve.generation import (
     Rejected,
     Tokens,
 )
-from serve.reading import Words, not_now, read_request
+from serve.reading import Read, Reader, Words, not_now
 from serve.text import TextStream
 from serve.vllm import settings as vllm
 from serve.vllm.ledger import Entry, Ledger
@@ -77,6 +77,8 @@ class VllmReplica:
         self._tokenizer = load_tokenizer(target, config.target.template)
         self._vocab_size = int(about.get_text_config().vocab_size)
         self._words = Words(self._tokenizer, self._vocab_size)
+        # Without grammars: vLLM has its own.
+        self._reader = Reader(self._words, config.decode)
         generation = None
         if (target / "generation_config.json").exists():
             generation = GenerationConfig.from_pretrained(target)
@@ -121,7 +123,7 @@ class VllmReplica:
 
     async def generate(self, request: Generation) -> AsyncGenerator[Event, None]:
         """As `DecoderReplica.generate`, with what vLLM does not tell left out."""
-        asked = self._check(request)
+        asked = await self._check(request)
         if isinstance(asked, Rejected):
             yield asked
             return
@@ -172,11 +174,11 @@ class VllmReplica:
 
     async def tokenize(self, prompt: Prompt, field: str) -> Tokens | Rejected:
         """The tokens that a prompt is read as."""
-        return self._words.tokens(prompt, field, self._longest)
+        return await self._reader.tokens(prompt, field, self._longest)
 
     async def detokenize(self, token_ids: tuple[int, ...]) -> str | Rejected:
         """The text of tokens, special ones included."""
-        return self._words.text(token_ids)
+        return await self._reader.text(token_ids)
 
     def _read(self, reader: AnswerReader, entry: Entry, chunk: Json | None) -> list[Event]:
         events = list(reader.finish() if chunk is None else reader.take(chunk))
@@ -185,13 +187,15 @@ class VllmReplica:
                 self._ledger.note(entry, event.num_tokens)
         return events
 
-    def _check(self, request: Generation) -> Rejected | _Asked:
+    async def _check(self, request: Generation) -> Rejected | _Asked:
         """What vLLM is asked, or why it is not."""
-        read = read_request(request, self._words, self._ledger, self._config.decode, self._longest)
+        read = await self._reader.read(request, self._ledger, self._longest)
         if isinstance(read, Rejected):
             return read
-        unmapped = self._unmapped(request, read.settings)
-        return unmapped or self._asked(request, read.prompts, read.settings)
+        if unmapped := self._unmapped(request, read.settings):
+            return unmapped
+        echoes = [await self._reader.echo(ids) for ids in (read.prompts if request.echo else [])]
+        return self._asked(request, read, echoes)
 
     def _unmapped(self, request: Generation, settings: SamplingSettings) -> Rejected | None:
         """Why vLLM cannot do it; None where it can."""
@@ -226,30 +230,24 @@ class VllmReplica:
                 )
         return None
 
-    def _asked(
-        self, request: Generation, prompts: Sequence[list[int]], settings: SamplingSettings
-    ) -> _Asked:
+    def _asked(self, request: Generation, read: Read, echoes: Sequence[str]) -> _Asked:
         most = self._config.serve.max_new_tokens
-        echoes = [
-            str(self._tokenizer.decode(ids, skip_special_tokens=True))
-            for ids in (prompts if request.echo else [])
-        ]
         return _Asked(
-            prompt_tokens=sum(map(len, prompts)),
+            prompt_tokens=sum(map(len, read.prompts)),
             echoes=tuple(text for text in echoes for _ in range(request.choices)),
             bodies=tuple(
                 body_of(
                     ids,
                     request,
-                    settings,
+                    read.settings,
                     place=place,
                     limit=request.max_new_tokens or min(self._longest - len(ids), most),
                     ends=self._ends,
                 )
-                for ids in prompts
+                for ids in read.prompts
                 for place in range(request.choices)
             ),
-            top=settings.logprobs,
+            top=read.settings.logprobs,
         )
 
 

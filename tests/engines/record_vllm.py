@@ -99,14 +99,14 @@ async def _record(config: Config, requests: dict[str, dict[str, Any]]) -> list[d
         return [
             {"name": name, "body": body, **await _stream(replica, body)}
             for name, settings in requests.items()
-            for body in _bodies(replica, settings)
+            for body in await _bodies(replica, settings)
         ]
     finally:
         replica.close()
 
 
-def _bodies(replica: VllmReplica, settings: dict[str, Any]) -> tuple[dict[str, Any], ...]:
-    asked = replica._check(Generation((PROMPT,), prompt_field="prompt", **settings))
+async def _bodies(replica: VllmReplica, settings: dict[str, Any]) -> tuple[dict[str, Any], ...]:
+    asked = await replica._check(Generation((PROMPT,), prompt_field="prompt", **settings))
     assert not isinstance(asked, Rejected), asked
     return asked.bodies
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 
 from core.config import DecodeConfig
 from core.decode.engine import SpeculativeDecoder
-from core.decode.grammar import JsonGrammars
+from core.decode.grammar import MOST_SCHEMAS, JsonGrammars
 from core.decode.requests import Request
 from core.decode.sampling import SamplingSettings
 from core.decode.tree import DraftTree
@@ -119,6 +120,36 @@ def test_random_weights_speak_json_and_speculation_does_not_show(
         assert person.keys() == {"name", "age", "tags"}
         assert isinstance(person["name"], str) and len(person["name"]) <= 12
         assert 0 <= person["age"] <= 150 and set(person["tags"]) <= {"a", "bc"}
+
+
+def test_a_schema_is_read_once_and_each_answer_goes_its_own_way(
+    tiny_target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grammars = JsonGrammars(
+        tiny_target.tokenizer, tiny_target.vocab_size, tiny_target.eos_token_ids
+    )
+    compiled, read = grammars._compiled, []
+
+    def count(schema: str) -> Any:
+        read.append(schema)
+        return compiled(schema)
+
+    monkeypatch.setattr(grammars, "_compiled", count)
+    number, root = json.dumps(ONE_NUMBER), DraftTree.root_only(0)
+    logits_NV = torch.zeros(1, tiny_target.vocab_size)
+    with ThreadPoolExecutor(4) as threads:
+        first, second, *_ = threads.map(grammars.constraint, [number] * 8)
+        again = len(read)
+        first.append(tiny_target.tokenizer('{"a"')["input_ids"])
+        assert allowed(tiny_target, second.apply(root, logits_NV)[0]) == {"{"}
+        assert allowed(tiny_target, first.apply(root, logits_NV)[0]) == {":", " ", "\n"}
+        grammars.constraint(number)
+        assert len(read) == again
+    # Those that nobody has asked for lately are forgotten.
+    for size in range(MOST_SCHEMAS):
+        grammars.constraint(json.dumps({"type": "string", "maxLength": size}))
+    grammars.constraint(number)
+    assert read[-1] == number and len(grammars._begun) == MOST_SCHEMAS
 
 
 @pytest.mark.parametrize(

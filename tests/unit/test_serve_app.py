@@ -139,6 +139,7 @@ def states(**counts: int) -> SimpleNamespace:
 def controller(monkeypatch: pytest.MonkeyPatch) -> Controller:
     controller = Controller()
     monkeypatch.setattr(ray_serve, "status", controller.status)
+    monkeypatch.setattr(app, "list_named_actors", lambda all_namespaces: [])
     return controller
 
 

@@ -28,7 +28,7 @@ OPERATIONS = (
     "GET /", "GET /health", "GET /ping", "POST /ping", "GET /live", "GET /metrics",
     "GET /v1/models", "GET /v1/models/{model}",
     f"POST {CHAT}", f"POST {TEXT}", f"POST {TGI}", "POST /generate_stream", "POST /tokenize",
-    "POST /detokenize", "GET /admin/draft", "POST /admin/draft",
+    "POST /detokenize", "GET /admin/draft", "POST /admin/draft", "DELETE /admin/draft",
 )  # fmt: skip
 CHECKED: list[Any] = CHECKS.get_by_names(
     [

@@ -87,12 +87,17 @@ class Wire:
         self.coming: asyncio.Queue[Message] = asyncio.Queue()
         self.sent: list[Message] = []
         self.changed = asyncio.Event()
+        self.waits = False
 
     def body(self, content: bytes, *, more: bool = False) -> None:
         self.coming.put_nowait({"type": "http.request", "body": content, "more_body": more})
 
     def leave(self) -> None:
         self.coming.put_nowait({"type": "http.disconnect"})
+
+    async def receive(self) -> Message:
+        self.waits = True
+        return await self.coming.get()
 
     async def send(self, message: Message) -> None:
         self.sent.append(message)
@@ -105,7 +110,7 @@ class Wire:
             await self.changed.wait()
 
     def start(self) -> asyncio.Task[None]:
-        return asyncio.create_task(self.service.api(self.scope, self.coming.get, self.send))
+        return asyncio.create_task(self.service.api(self.scope, self.receive, self.send))
 
     @property
     def status(self) -> int:
@@ -180,10 +185,7 @@ def test_stalled_requests_leave_room_for_monitors(service: Service) -> None:
     async def work() -> tuple[list[int], httpx.Response, int]:
         stalled = [Wire(small) for _ in range(3)]
         tasks = [wire.start() for wire in stalled]
-        while not all(
-            wire.coming._getters  # type: ignore[attr-defined]
-            for wire in stalled
-        ):
+        while not all(wire.waits for wire in stalled):
             await asyncio.sleep(0)
         refused = await small.client.post(CHAT, json=HELLO[CHAT])
         paths = ("/health", "/live", "/metrics", "/")

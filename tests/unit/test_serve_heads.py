@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -168,6 +169,67 @@ def test_a_canary_is_promoted_by_its_accepted_length(service: Service, tmp_path:
     assert decision["outcome"] == "promoted" and "accepted length" in decision["reason"]
     assert min(decision["current"]["rounds"], decision["new"]["rounds"]) >= 20
     assert decision["current"]["accepted_length"] == 1
+
+
+def end_trial(service: Service) -> httpx.Response:
+    return service.run(service.client.delete("/admin/draft", headers=KEY))
+
+
+def test_a_canary_without_traffic_can_be_ended(service: Service, tmp_path: Path) -> None:
+    assert end_trial(service).status_code == 404
+    before = service.replica.heads.current
+    path = head_of(service.replica._target, tmp_path / "head")
+    number = bring(service, path, canary=0.5).json()["number"]
+    assert bring(service, path).status_code == 409
+    ended = end_trial(service)
+    assert (ended.status_code, ended.json()["outcome"]) == (200, "aborted")
+    found = status(service)
+    assert found["trial"] is None and found["current"]["path"] is None
+    assert (found["decisions"][0]["number"], found["decisions"][0]["outcome"]) == (
+        number,
+        "aborted",
+    )
+
+    async def let_go() -> None:
+        while service.replica.heads.trial is not None:
+            await asyncio.sleep(0.01)
+
+    service.run(asyncio.wait_for(let_go(), TIMEOUT_S))
+    assert service.replica.heads.current is before
+    assert bring(service, path).json()["state"] == "promoted", "and the next one comes"
+
+
+def test_ending_a_trial_needs_the_key(service: Service) -> None:
+    assert service.run(service.client.delete("/admin/draft")).status_code == 401
+
+
+def test_a_replica_starts_though_the_promoted_head_has_vanished(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    logger = logging.getLogger("ray.serve")
+    # Once Ray Serve is imported, its logger hands nothing on to the root's handlers.
+    logger.addHandler(caplog.handler)
+    with in_process(tmp_path) as fresh:
+        gone = Head(10**12, str(tmp_path / "gone"))
+        # Another replica has it: so the desk learns of it, as one that starts again does.
+        fresh.run(fresh.backend.desk.report(Report("another", None, gone)))
+        fresh.run(asyncio.wait_for(fresh.replica.check_health(), TIMEOUT_S))
+        assert fresh.replica.heads.current.head == Head(0, None)
+        assert fresh.call(CHAT).status_code == 200
+        (line,) = [one.message for one in caplog.records if "CANNOT BE USED" in one.message]
+        assert str(gone.path) in line
+        # It takes the next one all the same.
+        service = fresh.configured(admin_keys=(key_hash("admin"),))
+        fresh.backend.desk._seen.pop("another")
+        good = head_of(fresh.replica._target, tmp_path / "good")
+        assert bring(service, good).json()["state"] == "promoted"
+
+        async def taken() -> None:
+            while fresh.replica.heads.current.head.path != good:
+                await asyncio.sleep(0.01)
+
+        fresh.run(asyncio.wait_for(taken(), TIMEOUT_S))
+    logger.removeHandler(caplog.handler)
 
 
 def test_a_canary_that_does_not_gain_is_rolled_back(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -208,6 +209,38 @@ def test_a_decoder_that_always_fails_is_not_healthy(
 
         run(work)
         assert not loop.healthy
+
+
+def test_a_round_that_hangs_is_told_to_those_who_wait(
+    tiny_target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entered, go_on = threading.Event(), threading.Event()
+    with looping(tiny_target) as loop:
+        step = loop.lane.decoder.step
+
+        def hang() -> Any:
+            entered.set()
+            assert go_on.wait(TIMEOUT_S)
+            return step()
+
+        monkeypatch.setattr(loop.lane.decoder, "step", hang)
+
+        async def work() -> None:
+            assert not loop.hangs(0), "no round runs"
+            waiting = asyncio.create_task(texts(loop.join([endless(tiny_target, PROMPTS[0])])))
+            while not entered.is_set():
+                await asyncio.sleep(0.001)
+            assert not loop.hangs(TIMEOUT_S), "it may take so long"
+            assert not waiting.done()
+            assert loop.hangs(0)
+            with pytest.raises(DecodingError):
+                await waiting
+            with pytest.raises(ClosingError):
+                loop.join([endless(tiny_target, PROMPTS[1])])
+            go_on.set()
+
+        run(work)
+    assert not loop.hangs(0)
 
 
 def test_what_was_begun_is_finished_before_the_end(tiny_target: Target) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import aclosing
 from pathlib import Path
@@ -25,8 +27,10 @@ from serve.generation import (
     Progressed,
     Rejected,
 )
+from serve.loop import DecodingError
 from serve.replica import DecoderReplica
 
+TIMEOUT_S = 60.0
 Run = Callable[[Coroutine[Any, Any, Any]], Any]
 
 
@@ -120,6 +124,70 @@ async def take(events: AsyncIterator[Any], count: int) -> list[Any]:
     return [await anext(events) for _ in range(count)]
 
 
+def test_the_others_go_on_while_a_prompt_is_read(
+    replica: DecoderReplica, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entered, go_on = threading.Event(), threading.Event()
+    grammars = replica._reader._grammars
+    assert grammars is not None
+    compiled = grammars._compiled
+
+    def slow(schema: str) -> Any:
+        entered.set()
+        assert go_on.wait(TIMEOUT_S)
+        return compiled(schema)
+
+    monkeypatch.setattr(grammars, "_compiled", slow)
+
+    async def work() -> tuple[list[Any], list[Any]]:
+        reading = asyncio.create_task(events_of(replica, asked("a", schema='{"enum": [1]}')))
+        while not entered.is_set():
+            await asyncio.sleep(0.001)
+        other = await events_of(replica, asked("Hello!"))
+        assert not reading.done()
+        go_on.set()
+        return other, await reading
+
+    other, read = run(work())
+    assert text_of(other) == decoded(replica, "Hello!", 5)[1]
+    assert text_of(read) == "1"
+
+
+def test_a_prompt_that_is_far_too_long_is_not_even_tokenized(
+    replica: DecoderReplica, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer, read = replica._tokenizer, []
+
+    def reading(text: str, **settings: Any) -> Any:
+        read.append(text)
+        return tokenizer(text, **settings)
+
+    monkeypatch.setattr(replica._words, "_tokenizer", Spied(tokenizer, reading))
+    most = replica._words._most_bytes
+    assert most is not None
+    (rejected,) = run(events_of(replica, asked("x" * (401 * most))))
+    assert rejected.code == "context_length_exceeded" and "or more" in rejected.message
+    assert not any(len(text) > 400 * most for text in read)
+    (rejected,) = run(events_of(replica, asked("x" * 401)))
+    assert rejected.code == "context_length_exceeded" and "or more" not in rejected.message
+    # Who only wants to know how long it is, is told.
+    ids = run(replica.tokenize("x" * 401 * most, "prompt")).ids
+    assert len(ids) == 401 * most
+
+
+class Spied:
+    """A tokenizer whose calls are watched."""
+
+    def __init__(self, tokenizer: Any, call: Callable[..., Any]) -> None:
+        self._tokenizer, self._call = tokenizer, call
+
+    def __call__(self, *args: Any, **settings: Any) -> Any:
+        return self._call(*args, **settings)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+
 def test_closing_an_answer_stops_the_decoder(replica: DecoderReplica, run: Run) -> None:
     async def give_up() -> list[Any]:
         async with aclosing(replica.generate(asked("Hello!", max_new_tokens=300))) as events:
@@ -183,6 +251,42 @@ def test_a_template_that_refuses_is_the_clients_error(
     (rejected,) = run(events_of(replica, asked("Hello!")))
     assert isinstance(rejected, Rejected)
     assert "only one message, please" in rejected.message
+
+
+def test_a_replica_whose_round_hangs_is_not_healthy(
+    replica: DecoderReplica,
+    run: Run,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run(replica.check_health())
+    asked_for = []
+
+    def hangs(most_s: float) -> bool:
+        asked_for.append(most_s)
+        return True
+
+    monkeypatch.setattr(replica._loop, "hangs", hangs)
+    with pytest.raises(DecodingError, match=r"serve\.max_round_s=300"):
+        run(replica.check_health())
+    assert asked_for == [300.0]
+
+
+def test_a_failure_names_the_request_in_the_log(
+    replica: DecoderReplica,
+    run: Run,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    logger = logging.getLogger("ray.serve")
+    # Once Ray Serve is imported, its logger hands nothing on to the root's handlers.
+    logger.addHandler(caplog.handler)
+    monkeypatch.setattr(engine, "target_pass", fail)
+    run(events_of(replica, asked("Hello!", name="trace-6")))
+    logger.removeHandler(caplog.handler)
+    assert any("trace-6" in record.getMessage() for record in caplog.records)
 
 
 def test_a_replica_with_a_broken_config_does_not_start(tmp_path: Path) -> None:

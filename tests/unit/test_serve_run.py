@@ -23,6 +23,7 @@ from core.paths import resolve_path
 from core.runtime.conversion import with_converted_target
 from core.runtime.load.servers import free_port
 from serve import run
+from serve.app import INGRESS_RESERVE, application
 from serve.checks import check, check_port, check_room, surge_that_fits
 
 CONFIG = Path(__file__).parents[2] / "configs" / "serve_smollm2.yaml"
@@ -238,14 +239,69 @@ def test_one_that_does_not_start_is_taken_back(
     assert "a replica did not start" in capsys.readouterr().out
 
 
-def test_an_ingress_that_does_not_answer_is_stopped_all_the_same(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+# --- The end ---------------------------------------------------------------------
+
+
+class Ingress:
+    """A handle: how many requests are at work, each time it is asked, or a failure."""
+
+    def __init__(self, *at_work: int | Exception) -> None:
+        self.at_work = list(at_work)
+        self.drain = self
+
+    def remote(self) -> Ingress:
+        return self
+
+    def result(self, timeout_s: float) -> int:
+        found = self.at_work.pop(0)
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+
+@pytest.fixture
+def ingress(monkeypatch: pytest.MonkeyPatch) -> Ingress:
+    ingress = Ingress()
+    monkeypatch.setattr(ray_serve, "get_app_handle", lambda name: ingress)
+    monkeypatch.setattr(run, "LOOK_EVERY_S", 0.0)
+    return ingress
+
+
+def test_running_answers_are_waited_for(ingress: Ingress) -> None:
+    ingress.at_work = [2, 1, 0]
+    assert run.drain()
+    assert ingress.at_work == []
+
+
+def test_but_not_without_end(ingress: Ingress, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "DRAIN_S", -1.0)
+    ingress.at_work = [1, 1]
+    assert not run.drain()
+    assert ingress.at_work == [1]
+
+
+def test_an_ingress_that_is_gone_does_not_keep_the_server(
+    ingress: Ingress, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Else `serve` would leave its application behind on a cluster of others'."""
+    ingress.at_work = [TimeoutError("no answer")]
+    assert not run.drain()
+    assert "does not answer (TimeoutError)" in capsys.readouterr().out
 
-    def no_answer(name: str) -> None:
-        raise TimeoutError(name)
 
-    monkeypatch.setattr(ray_serve, "get_app_handle", no_answer)
-    run.drain()
-    assert "the ingress does not answer (TimeoutError)" in capsys.readouterr().out
+@pytest.mark.parametrize("level", ["INFO", "ERROR"])
+def test_the_applications_log_has_its_level(monkeypatch: pytest.MonkeyPatch, level: str) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(run, "application", lambda config: None)
+    monkeypatch.setattr(run, "surge_that_fits", lambda config: config)
+    monkeypatch.setattr(
+        ray_serve, "run", lambda app, name, logging_config: seen.append(logging_config)
+    )
+    run.deploy(Config().replace(serve={"log_level": level}))
+    assert [one.log_level for one in seen] == [level]
+    assert Config().serve.log_level == "INFO"
+
+
+def test_serve_lets_more_into_the_ingress_than_the_guard_does() -> None:
+    """Where Serve would let all wait, the guard could no longer refuse, nor health be answered."""
+    ingress = application(Config().replace(serve={"max_requests": 7}))._bound_deployment
+    assert ingress.max_ongoing_requests == 7 + INGRESS_RESERVE

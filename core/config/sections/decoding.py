@@ -28,6 +28,7 @@ PER_MODEL = (
     "canary_gain",
     "retries",
     "deadline_s",
+    "max_round_s",
     "backend",
     "vllm_python",
     "vllm_arguments",
@@ -234,6 +235,12 @@ class ServeConfig(Section):
     )
     deadline_s: float = setting(
         600.0, "seconds after which an answer is given up, its waiting included", gt=0
+    )
+    max_round_s: float = setting(
+        300.0,
+        "seconds after which a round of the decoder counts as hung, and its replica is replaced; "
+        "a long prompt takes many rounds (decode.prefill_chunk)",
+        gt=0,
     )
     cors_origins: tuple[str, ...] = setting(
         (),
