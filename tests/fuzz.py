@@ -128,7 +128,7 @@ class Description:
                 }
             )
             for path, operations in openapi["paths"].items()
-            if "post" in operations
+            if "requestBody" in operations.get("post", {})
         }
 
     def is_malformed(self, path: str, body: bytes) -> bool:
