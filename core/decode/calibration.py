@@ -13,7 +13,7 @@ import torch
 from core.data.conversations import Message
 from core.data.template import encode_prompt
 from core.decode.batch_policy import BatchPolicy
-from core.decode.costs import BatchCosts, CostModel
+from core.decode.costs import BatchCosts, CostModel, least_of_larger
 from core.decode.drafting import top_tokens
 from core.decode.engine import SpeculativeDecoder
 from core.decode.forward import Piece, target_pass
@@ -158,7 +158,7 @@ def _time_rounds(decoder: SpeculativeDecoder, sizes: Sequence[int]) -> BatchCost
     seconds = median_seconds(works)
     together = seconds[SEQUENCES]
     return BatchCosts(
-        verify={size: seconds[size] for size in sizes},
+        verify=least_of_larger({size: seconds[size] for size in sizes}),
         each_sequence=max(0.0, (seconds["apart"] - together) / (SEQUENCES - 1)),
         read={count: seconds["read", count] for count in (1, SEQUENCES)},
         expand={count: seconds["expand", count] for count in (NARROW, widest, SEQUENCES * widest)},

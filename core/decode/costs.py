@@ -89,6 +89,18 @@ class CostModel:
         return seconds_X + (sequences - 1) * self.measured.each_sequence
 
 
+def least_of_larger(seconds: Mapping[int, float]) -> dict[int, float]:
+    """Of each number of tokens, the seconds of the fastest pass over as many or more.
+
+    A pass does all that a smaller one does. Where the smaller one was measured as longer, something
+    else had the machine, and believing it would rule its size out.
+    """
+    least, found = float("inf"), {}
+    for size in sorted(seconds, reverse=True):
+        found[size] = least = min(least, seconds[size])
+    return dict(sorted(found.items()))
+
+
 def _corrected(before: float, ratio: float) -> float:
     ratio = min(max(ratio, before / LARGEST_SURPRISE), before * LARGEST_SURPRISE)
     return before + NEWEST * (ratio - before)

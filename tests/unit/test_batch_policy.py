@@ -18,7 +18,7 @@ from core.decode.batch_policy import (
     BatchPolicy,
     PolicyRound,
 )
-from core.decode.costs import BatchCosts, CostModel
+from core.decode.costs import BatchCosts, CostModel, least_of_larger
 from core.decode.engine import SpeculativeDecoder
 from core.decode.requests import Request
 from core.decode.tree import DraftTree, TreePlan
@@ -193,6 +193,13 @@ def test_costs_are_lines_between_what_was_measured_and_follow_the_machine() -> N
     # Sizes that did not occur are expected to be as much slower.
     assert costs.verify(1, 1) == pytest.approx(2.0, rel=0.01)
     assert costs.draft([1, 1], 1) == pytest.approx(1.4, rel=0.01)
+
+
+def test_a_pass_takes_no_longer_than_one_over_more_tokens() -> None:
+    measured = {1: 10.0, 2: 30.0, 4: 12.0, 8: 90.0, 16: 25.0, 32: 40.0}
+    assert least_of_larger(measured) == {1: 10.0, 2: 12.0, 4: 12.0, 8: 25.0, 16: 25.0, 32: 40.0}
+    rising = {1: 1.0, 2: 1.5, 60: 9.0}
+    assert least_of_larger(rising) == rising
 
 
 def test_one_interruption_changes_little() -> None:
