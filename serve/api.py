@@ -36,7 +36,7 @@ from serve.description import (
     Tokenized,
     answers,
 )
-from serve.errors import EXCEPTION_HANDLERS, ApiError, internal_error
+from serve.errors import EXCEPTION_HANDLERS, ApiError, internal_error, refused
 from serve.generation import (
     Accepted,
     Event,
@@ -211,7 +211,7 @@ def _add_tokens(api: FastAPI, models: Models) -> None:
         """The tokens of a text, or of messages in the chat template."""
         found = await models.named(body.model or None).tokenize(body.what, body.field)
         if isinstance(found, Rejected):
-            raise _refused(found)
+            raise refused(found)
         return tokenized(list(found.ids), found.longest)
 
     @api.post("/detokenize", response_model=None, responses=answers(Detokenized, *GENERATING))
@@ -219,7 +219,7 @@ def _add_tokens(api: FastAPI, models: Models) -> None:
         """The text of tokens."""
         found = await models.named(body.model or None).detokenize(tuple(body.tokens))
         if isinstance(found, Rejected):
-            raise _refused(found)
+            raise refused(found)
         return {"prompt": found}
 
 
@@ -241,7 +241,7 @@ async def _prompt_tokens(events: AsyncGenerator[Event, None]) -> int:
     """Wait for the first event, while a refusal can still set the status."""
     first = await anext(events)
     if isinstance(first, Rejected):
-        raise _refused(first)
+        raise refused(first)
     assert isinstance(first, Accepted)
     return first.prompt_tokens
 
@@ -281,13 +281,3 @@ async def _stream(events: AsyncGenerator[Event, None], answer: Answer) -> AsyncG
             return
         for chunk in answer.closing():
             yield server_sent(chunk)
-
-
-def _refused(rejected: Rejected) -> ApiError:
-    return ApiError(
-        rejected.status,
-        rejected.message,
-        param=rejected.param,
-        code=rejected.code,
-        retry_after_s=rejected.retry_after_s,
-    )

@@ -15,7 +15,7 @@ from fastapi import FastAPI
 from ray import serve as ray_serve
 from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
-from ray.serve.exceptions import BackPressureError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 from ray.util import list_named_actors
 
@@ -25,7 +25,7 @@ from serve.api import build_api
 from serve.arguments import Arguments, RefusedError
 from serve.autoscaling import BacklogPolicy
 from serve.desk import Decision, Head, HeadDesk
-from serve.errors import ApiError, internal_error
+from serve.errors import ApiError, internal_error, refused
 from serve.generation import RETRY_AFTER_S, Event, Generation, Prompt, Rejected, Tokens
 from serve.keys import admin_key_hashes, key_hashes
 from serve.models import Served
@@ -53,6 +53,12 @@ METRICS_EVERY_S, LOOK_BACK_S = 1.0, 10.0
 # Failed starts before a deployment is given up. A broken config fails every time.
 MAX_STARTS = 2
 
+QUEUE_FULL = Rejected(
+    "too many requests wait already; try again later",
+    status=429,
+    code="queue_full",
+    retry_after_s=RETRY_AFTER_S,
+)
 HEAD_IS_FIXED = (
     "vLLM reads its draft head when it starts, so serve.backend=vllm cannot change it at work; set "
     "draft.path in the configuration and have the server read it again (kill -HUP)"
@@ -77,6 +83,9 @@ class DecoderReplicas:
                 yield event
         except RayActorError as error:
             raise ReplicaLostError(str(error)) from error
+        except BackPressureError:
+            # As a full replica says it: whose replica died was let in, and waits.
+            yield QUEUE_FULL
         except Exception as error:
             raise _api_error(error) from error
         except BaseException:
@@ -185,10 +194,12 @@ def _autoscaling(config: ServeConfig, decode: DecodeConfig) -> AutoscalingConfig
 
 def _api_error(error: Exception) -> ApiError:
     if isinstance(error, BackPressureError):
+        return refused(QUEUE_FULL)
+    if isinstance(error, DeploymentUnavailableError):
         return ApiError(
-            429,
-            "too many requests wait already; try again later",
-            code="queue_full",
+            503,
+            "no replica of this model could be started, see the server's log; try again later",
+            code="no_replica",
             retry_after_s=RETRY_AFTER_S,
         )
     logger.error("the decoder failed", exc_info=error)

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from pydantic import Field, field_validator, model_validator
 
 from serve.answers import Json, OpenAIAnswer
-from serve.fields import SampledBody, TokenId, Unicode, field_problem
+from serve.fields import ListOf, SampledBody, TokenId, Unicode, field_problem
 from serve.generation import Finished, Generation, Progressed, Prompt
 
 # OpenAI's defaults and limits.
@@ -26,7 +26,7 @@ class CompletionRequest(SampledBody):
         "suffix": ("",),
     }
 
-    prompt: Unicode | list[TokenId] | list[Unicode] | list[list[TokenId]]
+    prompt: Unicode | ListOf[TokenId] | ListOf[Unicode] | ListOf[ListOf[TokenId]]
     max_tokens: int = Field(MAX_TOKENS, ge=1)
     logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
 

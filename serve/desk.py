@@ -189,8 +189,8 @@ class HeadDesk:
         if report.origin != self._origin:
             # Of another configuration: the one or the other is about to be replaced.
             return Order(report.current)
-        if report.current.number > self._last_number:
-            self._current, self._last_number = report.current, report.current.number
+        if report.current.number > self._current.number:
+            self._learn(report.current)
         self._seen[report.replica] = time.monotonic()
         if self._trial is not None:
             self._trial.reports[report.replica] = report
@@ -234,6 +234,14 @@ class HeadDesk:
             "trial": shown,
             "decisions": [shown_decision(one) for one in reversed(self._decisions)],
         }
+
+    def _learn(self, current: Head) -> None:
+        """What is in use, of a replica: this desk has started again."""
+        self._current = current
+        self._last_number = max(self._last_number, current.number)
+        if self._trial is not None and self._trial.head.path == current.path:
+            # `user_config`, which came before, had its way in the desk's earlier life.
+            self._trial = None
 
     def _consider(self, trial: _Trial) -> None:
         old, new = _sums(trial)

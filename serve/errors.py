@@ -10,6 +10,8 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
+from serve.generation import Rejected
+
 # pydantic's type of a problem that `serve.fields.field_problem` makes.
 FIELD_PROBLEM = "field_problem"
 
@@ -71,6 +73,17 @@ class ApiError(Exception):
         if not self.retry:
             headers["x-should-retry"] = "false"
         return JSONResponse(self.body(), status_code=self.status, headers=headers)
+
+
+def refused(rejected: Rejected) -> ApiError:
+    """What a client is told about a request that is not served."""
+    return ApiError(
+        rejected.status,
+        rejected.message,
+        param=rejected.param,
+        code=rejected.code,
+        retry_after_s=rejected.retry_after_s,
+    )
 
 
 def validation_error(problems: Sequence[Any]) -> ApiError:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -36,6 +36,8 @@ from serve.generation import Generation, Prompt
 MOST_CHOICES = 16
 MOST_STOPS = 16
 MOST_TOP_LOGPROBS = 20
+# Of a body's unknown fields, so many are told of.
+MOST_UNKNOWN = 5
 # What a JSON schema says of a field besides what it may hold.
 ABOUT = ("title", "default", "description")
 
@@ -51,6 +53,11 @@ def _encodable(text: str) -> str:
 
 Unicode = Annotated[str, AfterValidator(_encodable)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+Item = TypeVar("Item")
+# Only the first wrong item is told of: a body may have hundreds of thousands, and to note all of
+# them would hold everybody else up for seconds.
+ListOf = Annotated[list[Item], Field(fail_fast=True)]
+DictOf = Annotated[dict[str, Item], Field(fail_fast=True)]
 
 
 class Body(BaseModel):
@@ -68,7 +75,7 @@ class Body(BaseModel):
     def _sort_out_unsupported(cls, value: Any) -> Any:
         if not isinstance(value, dict):
             return value
-        kept = {}
+        kept, unknown = {}, 0
         for name, given in value.items():
             if name in cls.model_fields:
                 if given is not None:
@@ -77,7 +84,8 @@ class Body(BaseModel):
                 if given is not None and not _is_one_of(given, cls.NEUTRAL[name]):
                     message = f"{name} is {_only_as(cls.NEUTRAL[name])}; leave it out"
                     raise field_problem(name, message, code="unsupported_parameter")
-            else:
+            elif unknown < MOST_UNKNOWN:
+                unknown += 1
                 kept[name] = given  # refused as unknown
         return kept
 
@@ -155,10 +163,10 @@ class SampledBody(Body):
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     repetition_penalty: float | None = Field(None, ge=1e-3, le=1e3)
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    logit_bias: DictOf[Annotated[float, Field(ge=-100, le=100)]] | None = None
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    stop: Unicode | list[Annotated[Unicode, Field(min_length=1)]] | None = None
-    stop_token_ids: list[TokenId] | None = Field(None, max_length=1024)
+    stop: Unicode | ListOf[Annotated[Unicode, Field(min_length=1)]] | None = None
+    stop_token_ids: ListOf[TokenId] | None = Field(None, max_length=1024)
     aerie: AerieOptions | None = None
     user: Unicode | None = Field(None, description="changes nothing")
 

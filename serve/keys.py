@@ -16,7 +16,7 @@ def key_hashes(config: ServeConfig) -> tuple[str, ...]:
     """All that the configuration names, from list, file and environment.
 
     Raises:
-        InputError: the file cannot be read, or has a line that is no SHA-256.
+        InputError: the file cannot be read, has no key, or a line that is no SHA-256.
         ConfigError: the variable is not set, or empty.
     """
     found = dict.fromkeys(config.api_keys)
@@ -63,6 +63,8 @@ def _of_file(path: Path) -> list[str]:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
         raise InputError(f"serve.api_keys_file={path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"serve.api_keys_file={path} is not in UTF-8; write it anew") from error
     hashes = []
     for number, line in enumerate(lines, 1):
         text = line.partition("#")[0].strip().lower()
@@ -72,4 +74,7 @@ def _of_file(path: Path) -> list[str]:
                 "`printf %s KEY | sha256sum` there, not the key"
             )
         hashes += [text] if text else []
+    if not hashes:
+        # Taken as no keys, it would let everybody in.
+        raise InputError(f"serve.api_keys_file={path} has no key; write one, or leave the file out")
     return hashes

@@ -10,7 +10,15 @@ from typing import Any, ClassVar, Literal
 from pydantic import ConfigDict, Field, model_validator
 
 from serve.answers import Json, OpenAIAnswer, scored
-from serve.fields import MOST_TOP_LOGPROBS, Body, SampledBody, Unicode, field_problem
+from serve.fields import (
+    MOST_TOP_LOGPROBS,
+    Body,
+    DictOf,
+    ListOf,
+    SampledBody,
+    Unicode,
+    field_problem,
+)
 from serve.generation import Conversation, Finished, Generation, Progressed
 
 
@@ -35,7 +43,7 @@ class ChatMessage(Body):
     }
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Unicode | list[TextPart]
+    content: Unicode | ListOf[TextPart]
     name: Unicode | None = Field(
         None, description="changes nothing: templates have no place for it"
     )
@@ -58,7 +66,7 @@ class Prediction(Body):
     """What a client expects of the answer; the draft head guesses without it."""
 
     type: Literal["content"]
-    content: Unicode | list[TextPart]
+    content: Unicode | ListOf[TextPart]
 
 
 class JsonSchema(Body):
@@ -119,7 +127,7 @@ class ChatRequest(SampledBody):
         "web_search_options": (),
     }
 
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: ListOf[ChatMessage] = Field(min_length=1)
     max_tokens: int | None = Field(None, ge=1, description="the older name of the next one")
     max_completion_tokens: int | None = Field(None, ge=1)
     response_format: ResponseFormat | None = None
@@ -130,7 +138,7 @@ class ChatRequest(SampledBody):
     )
 
     # Sent by many clients, without influence on the text.
-    metadata: dict[str, Unicode] | None = None
+    metadata: DictOf[Unicode] | None = None
     parallel_tool_calls: bool | None = None
     prediction: Prediction | None = None
     prompt_cache_key: Unicode | None = None

@@ -15,7 +15,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 
 from core.errors import AerieError
-from serve.errors import ApiError
+from serve.errors import ApiError, refused
 from serve.generation import (
     RETRY_AFTER_S,
     Accepted,
@@ -65,7 +65,8 @@ async def resumed(
             answer begins anew after `Restarted`; if not, it goes on after it.
         retries: how many other replicas may be asked.
     Raises:
-        ApiError: too many died, or what one of them began is not what another goes on with.
+        ApiError: too many died, or what one of them began another one refuses or does not go on
+            with.
     """
     if request.seed is None:
         request = replace(request, seed=secrets.randbits(62))
@@ -82,6 +83,9 @@ async def resumed(
                     if isinstance(event, Rejected) and event.status == 503 and left:
                         left -= 1
                         break
+                    if isinstance(event, Rejected) and told.accepted:
+                        # As one of another configuration does, while an update goes on.
+                        raise refused(event)
                     if isinstance(event, Failed) and event.again and left:
                         raise ReplicaLostError(event.message)
                     fresh = told.new_of(event)

@@ -135,6 +135,10 @@ def _renewed(config: Config, read: Callable[[], Config]) -> Config:
     except UserError as error:
         say(NAME, f"nothing is changed: {error}")
         return config
+    except Exception as error:
+        # Whatever it is, a conversion that fails or a damaged model: the server is to go on.
+        say(NAME, f"nothing is changed: {type(error).__name__}: {error}")
+        return config
     try:
         deploy(new)
     except Exception as error:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import Field
 
 from serve.answers import Answer, Json
-from serve.fields import MOST_STOPS, Body, Unicode, given_of
+from serve.fields import MOST_STOPS, Body, ListOf, Unicode, given_of
 from serve.generation import Finished, Generation, Progressed, ScoredToken
 
 # TGI's default.
@@ -42,7 +42,7 @@ class Parameters(Body):
     repetition_penalty: float | None = Field(None, ge=1e-3, le=1e3)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     seed: int | None = Field(None, ge=0, lt=2**63)
-    stop: list[Annotated[Unicode, Field(min_length=1)]] = Field([], max_length=MOST_STOPS)
+    stop: ListOf[Annotated[Unicode, Field(min_length=1)]] = Field([], max_length=MOST_STOPS)
     return_full_text: bool = False
     details: bool = False
 

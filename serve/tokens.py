@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from serve.fields import Body, TokenId, Unicode
+from serve.fields import Body, ListOf, TokenId, Unicode
 from serve.generation import Prompt
 from serve.openai_chat import ChatMessage, conversation
 
@@ -16,7 +16,7 @@ class TokenizeRequest(Body):
 
     model: str | None = None
     prompt: Unicode | None = None
-    messages: list[ChatMessage] | None = Field(None, min_length=1)
+    messages: ListOf[ChatMessage] | None = Field(None, min_length=1)
 
     @model_validator(mode="after")
     def _one_of_them(self) -> TokenizeRequest:
@@ -39,7 +39,7 @@ class DetokenizeRequest(Body):
     """Tokens of a text; `model` may be left out."""
 
     model: str | None = None
-    tokens: list[TokenId]
+    tokens: ListOf[TokenId]
 
 
 def tokenized(tokens: list[int], longest: int) -> dict[str, Any]:

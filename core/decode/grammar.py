@@ -11,8 +11,10 @@ from __future__ import annotations
 import math
 import threading
 from collections import OrderedDict
-from collections.abc import Collection, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import Future
+from functools import partial
+from typing import Any, TypeVar
 
 import llguidance
 import llguidance.hf
@@ -23,10 +25,16 @@ from torch import Tensor
 from core.decode.tree import DraftTree
 from core.errors import InputError
 
+Result = TypeVar("Result")
+
 # Between a value and the next sign. Without an end to it, small models say nothing else.
 WHITESPACE = r"[ \n]{0,12}"
 # Schemas that are kept; to read a large one takes a second.
 MOST_SCHEMAS = 32
+# The library reads a schema by recursion, through references too, and ends the process where the
+# stack does. So the stack has room for this many objects and lists inside each other.
+MOST_PARTS, STACK_BYTES = 10_000, 256 * 2**20
+_stack_size = threading.Lock()
 
 
 class JsonGrammars:
@@ -75,15 +83,44 @@ class JsonGrammars:
     def _compiled(self, schema: str) -> llguidance.LLMatcher:
         if isinstance(self._tokens, InputError):
             raise self._tokens
+        parts = schema.count("{") + schema.count("[")
+        if parts > MOST_PARTS:
+            raise InputError(
+                f"the JSON schema has {parts} objects and lists; give one of {MOST_PARTS} at most"
+            )
+        return _on_a_deep_stack(partial(_matcher, self._tokens, schema))
+
+
+def _matcher(tokens: llguidance.LLTokenizer, schema: str) -> llguidance.LLMatcher:
+    try:
+        options: Any = {"whitespace_pattern": WHITESPACE}
+        grammar = llguidance.LLMatcher.grammar_from_json_schema(schema, overrides=options)
+    except ValueError as error:
+        raise InputError(f"the JSON schema cannot be used: {str(error)[:500]}") from error
+    matcher = llguidance.LLMatcher(tokens, grammar, log_level=0)
+    if matcher.is_error():
+        raise InputError(f"the JSON schema cannot be used: {matcher.get_error()[:500]}")
+    return matcher
+
+
+def _on_a_deep_stack(function: Callable[[], Result]) -> Result:
+    """The function's result, from a thread of its own. Of its stack, only what is used is taken."""
+    done: Future[Result] = Future()
+
+    def work() -> None:
         try:
-            options: Any = {"whitespace_pattern": WHITESPACE}
-            grammar = llguidance.LLMatcher.grammar_from_json_schema(schema, overrides=options)
-        except ValueError as error:
-            raise InputError(f"the JSON schema cannot be used: {error}") from error
-        matcher = llguidance.LLMatcher(self._tokens, grammar, log_level=0)
-        if matcher.is_error():
-            raise InputError(f"the JSON schema cannot be used: {matcher.get_error()[:500]}")
-        return matcher
+            done.set_result(function())
+        except BaseException as error:
+            done.set_exception(error)
+
+    # It is set for all threads that begin now; to others, more than they need does no harm.
+    with _stack_size:
+        before = threading.stack_size(STACK_BYTES)
+        try:
+            threading.Thread(target=work, name="schema", daemon=True).start()
+        finally:
+            threading.stack_size(before)
+    return done.result()
 
 
 class Constraint:

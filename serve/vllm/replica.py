@@ -199,12 +199,6 @@ class VllmReplica:
 
     def _unmapped(self, request: Generation, settings: SamplingSettings) -> Rejected | None:
         """Why vLLM cannot do it; None where it can."""
-        if request.trees:
-            return Rejected(
-                "aerie.tree is not supported here: vLLM tells of no tree; leave it out",
-                param="aerie",
-                code="unsupported_parameter",
-            )
         if not self._speculates:
             return None
         if not request.speculate:

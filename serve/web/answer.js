@@ -24,12 +24,15 @@ async function* serverSent(body) {
 }
 
 // Speed and accepted length so far. The server times its rounds: neither the network nor the
-// reading of the prompt is in the speed.
+// reading of the prompt is in the speed. A server that does not tell of its rounds sums up at the end.
 class Figures {
-  constructor() { this.tokens = 0; this.decoded = 0; this.rounds = 0; this.nodes = 0; this.seconds = 0; }
+  constructor() { this.tokens = 0; this.decoded = 0; this.rounds = 0; this.nodes = 0; this.seconds = 0; this.sum = {}; }
 
-  add({ tokens, tree_size: nodes, seconds }) {
+  add({ tokens = 0, tree_size: nodes, seconds, sum }) {
     this.tokens += tokens;
+    if (sum) this.sum = sum;
+    if (nodes === undefined) return;
+    this.told = true;
     if (!nodes) return;  // the prompt's own pass, which gives the first token
     this.rounds += 1;
     this.decoded += tokens;
@@ -37,19 +40,23 @@ class Figures {
     this.seconds += seconds.draft + seconds.verify;
   }
 
-  get speed() { return this.seconds ? this.decoded / this.seconds : null; }
+  get speed() {
+    if (!this.told) return this.sum.tokens_per_second ?? null;
+    return this.seconds ? this.decoded / this.seconds : null;
+  }
 
   get text() {
-    const length = this.rounds ? this.decoded / this.rounds : 1;
+    const length = this.told ? (this.rounds ? this.decoded / this.rounds : 1) : this.sum.accepted_length;
     const nodes = this.rounds ? this.nodes / this.rounds : 1;
-    const parts = [`τ ${length.toFixed(2)}`, `${this.tokens} tokens`];
+    const parts = [`${this.tokens} tokens`];
+    if (length !== undefined) parts.unshift(`τ ${length.toFixed(2)}`);
     if (nodes > 1) parts.push(`trees of ${nodes.toFixed(1)}`);
     if (this.speed !== null) parts.unshift(`${this.speed.toFixed(1)} tokens/s`);
     return parts.join(" · ");
   }
 }
 
-// Yields the rounds of an answer: {spans, tokens, tree_size, seconds, tree}.
+// Yields the rounds of an answer: {spans, tokens, tree_size, seconds, tree}; the last one is its {sum}.
 async function* roundsOf(body, headers, signal) {
   const response = await fetch("v1/chat/completions", {
     method: "POST", signal, headers: { ...headers, "Content-Type": "application/json" }, body: JSON.stringify(body),
@@ -63,6 +70,7 @@ async function* roundsOf(body, headers, signal) {
     if (chunk.error) throw new Error(chunk.error.message);
     const round = chunk.choices[0]?.aerie;
     if (round) yield round;
+    if (chunk.aerie) yield { spans: [], sum: chunk.aerie };
   }
   if (!complete) throw new Error("The connection ended before the answer did.");
 }

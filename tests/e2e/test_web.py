@@ -5,6 +5,7 @@ All of it by keyboard: what can be done without a mouse, these tests do without 
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -320,6 +321,28 @@ def test_a_page_without_a_tree_asks_for_none(page: Page) -> None:
     expect(page.locator("#tree")).to_be_hidden()
     transparent = "rgba(0, 0, 0, 0)"
     expect(pane.locator(".drafted").first).to_have_css("background-color", transparent)
+
+
+def test_a_server_that_does_not_tell_of_its_rounds_sums_up_at_the_end(page: Page) -> None:
+    """As with vLLM, which says neither what was guessed nor how long its rounds took."""
+    parts = [
+        {"choices": [{"index": 0, "aerie": {"spans": [[" Paris", None]], "tokens": 1}}]},
+        {"choices": [{"index": 0, "aerie": {"spans": [[" is", None]], "tokens": 1}}]},
+        {
+            "choices": [{"index": 0, "finish_reason": "stop"}],
+            "aerie": {"accepted_length": 2.5, "tokens_per_second": 31.4},
+        },
+    ]
+    sent = "".join(f"data: {part}\n\n" for part in [*map(json.dumps, parts), "[DONE]"])
+    page.route(
+        "**/v1/chat/completions",
+        lambda route: route.fulfill(content_type="text/event-stream", body=sent),
+    )
+    send(page, PROMPTS[0])
+    pane = page.locator(".turn.assistant .pane")
+    expect(pane.locator(".body")).to_have_text(" Paris is")
+    expect(pane.locator(".figures")).to_have_text("31.4 tokens/s · τ 2.50 · 2 tokens")
+    assert pane.locator(".drafted").count() == 0
 
 
 def test_a_refusal_is_shown(browser: BrowserContext, served: Served) -> None:

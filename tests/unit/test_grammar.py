@@ -13,7 +13,7 @@ import torch
 
 from core.config import DecodeConfig
 from core.decode.engine import SpeculativeDecoder
-from core.decode.grammar import MOST_SCHEMAS, JsonGrammars
+from core.decode.grammar import MOST_PARTS, MOST_SCHEMAS, JsonGrammars
 from core.decode.requests import Request
 from core.decode.sampling import SamplingSettings
 from core.decode.tree import DraftTree
@@ -42,6 +42,23 @@ def grammars(tiny_target: Target) -> JsonGrammars:
 def allowed(target: Target, row_V: torch.Tensor) -> set[str]:
     ids = torch.nonzero(row_V > -math.inf)[:, 0].tolist()
     return {target.tokenizer.decode([one]) for one in ids}
+
+
+def chain(length: int) -> str:
+    """A schema in which each definition has the next one inside."""
+    inner = {
+        f"d{i}": {"type": "object", "properties": {"a": {"$ref": f"#/$defs/d{i + 1}"}}}
+        for i in range(length)
+    }
+    return json.dumps({"$defs": {**inner, f"d{length}": {"type": "string"}}, "$ref": "#/$defs/d0"})
+
+
+def test_references_as_deep_as_they_may_be_do_not_end_the_process(grammars: JsonGrammars) -> None:
+    deepest = chain(MOST_PARTS // 3 - 1)
+    assert deepest.count("{") == MOST_PARTS - 1
+    grammars.constraint(deepest)._allowed()
+    with pytest.raises(InputError, match=r"has 30003 objects and lists; give one of 10000"):
+        grammars.constraint(chain(10_000))
 
 
 def test_each_node_of_a_tree_has_what_may_follow_its_path(

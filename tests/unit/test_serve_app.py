@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 from ray import serve as ray_serve
-from ray.serve.exceptions import BackPressureError
+from ray.serve._private.common import DeploymentID
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from serve import app, recent
 from serve.app import DecoderReplicas
 from serve.errors import ApiError
-from serve.generation import Accepted, Event, Generation
+from serve.generation import Accepted, Event, Generation, Rejected
 from serve.recent import Recent
 
 TIMEOUT_S = 60.0
@@ -62,17 +63,26 @@ def replicas(response: Response) -> DecoderReplicas:
     return DecoderReplicas(handle, retries=0)
 
 
-def test_a_full_router_is_a_429_as_a_full_replica_is() -> None:
+def events_of(response: Response) -> list[Event]:
+    async def work() -> list[Event]:
+        async with aclosing(replicas(response).generate(ASKED)) as events:
+            return [event async for event in events]
+
+    return asyncio.run(work())
+
+
+def test_a_full_router_refuses_as_a_full_replica_does() -> None:
+    """So whose replica died, and who was let in by it, waits for room on another one."""
     failure = BackPressureError(num_queued_requests=4, max_queued_requests=4)
+    (refused,) = events_of(Response(failure))
+    assert isinstance(refused, Rejected) and refused.retry_after_s
+    assert (refused.status, refused.code) == (429, "queue_full")
 
-    async def work() -> None:
-        async with aclosing(replicas(Response(failure)).generate(ASKED)) as events:
-            async for _ in events:
-                pass
 
+def test_a_model_whose_replicas_do_not_start_is_a_503() -> None:
     with pytest.raises(ApiError) as caught:
-        asyncio.run(work())
-    assert (caught.value.status, caught.value.code) == (429, "queue_full")
+        events_of(Response(DeploymentUnavailableError(DeploymentID("Decoder"))))
+    assert (caught.value.status, caught.value.code) == (503, "no_replica")
     assert caught.value.retry_after_s
 
 

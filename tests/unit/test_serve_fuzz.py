@@ -8,6 +8,7 @@ from typing import Any
 
 import httpx
 import pytest
+from pydantic import ValidationError
 
 from serve.keys import key_hash
 from tests.fuzz import ADMIN, BODIES, MODELS, odd_bodies, odd_fields, odd_parameters, odd_values
@@ -99,3 +100,29 @@ def test_no_method_and_no_path_breaks_the_server(service: Service, method: str) 
 def test_no_header_breaks_the_server(service: Service, headers: dict[str, str]) -> None:
     content: Any = json.dumps(HELLO[CHAT]).encode()
     send(service, "POST", CHAT, content, **headers)
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        (CHAT, {"messages": [{}]}),
+        (CHAT, {"messages": [{"role": "user", "content": [{}] * 1_000}]}),
+        (CHAT, {"messages": [{**HELLO[CHAT]["messages"][0], **dict.fromkeys("abcdefgh", 1)}]}),
+        (CHAT, {"stop": [1]}),
+        (CHAT, {"metadata": {str(number): number for number in range(1_000)}}),
+        (TEXT, {"logit_bias": {str(number): 1_000 for number in range(1_000)}}),
+        (TEXT, {"prompt": [-1]}),
+        (TEXT, {"prompt": [[-1]]}),
+        (TEXT, {f"unknown_{number}": number for number in range(1_000)}),
+        ("/tokenize", {"prompt": None, "messages": [1]}),
+        ("/detokenize", {"tokens": [-1]}),
+    ],
+)
+def test_of_a_thousand_mistakes_the_first_ones_are_noted(path: str, fields: dict[str, Any]) -> None:
+    """A body may have a megabyte of them: to note each takes seconds in which nobody is served."""
+    many = {
+        name: value * 1_000 if isinstance(value, list) else value for name, value in fields.items()
+    }
+    with pytest.raises(ValidationError) as caught:
+        MODELS[path].model_validate({**HELLO[path], **many})
+    assert caught.value.error_count() < 10

@@ -79,13 +79,19 @@ def test_keys_from_list_file_and_environment(
     assert key_hashes(ServeConfig()) == ()
 
 
-def test_a_key_in_place_of_its_hash_is_refused(
+def test_keys_that_cannot_be_used_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "keys").write_text("sk-secret\n")
     with pytest.raises(InputError, match=r"line 1 is no SHA-256") as caught:
         key_hashes(ServeConfig(api_keys_file=str(tmp_path / "keys")))
     assert "sk-secret" not in str(caught.value)
+    (tmp_path / "empty").write_text("# none yet\n")
+    with pytest.raises(InputError, match=r"empty has no key"):
+        key_hashes(ServeConfig(api_keys_file=str(tmp_path / "empty")))
+    (tmp_path / "binary").write_bytes(b"\xff\xfe")
+    with pytest.raises(InputError, match=r"binary is not in UTF-8"):
+        key_hashes(ServeConfig(api_keys_file=str(tmp_path / "binary")))
     with pytest.raises(InputError, match=r"nowhere: No such file"):
         key_hashes(ServeConfig(api_keys_file="nowhere"))
     monkeypatch.delenv("SERVER_KEYS", raising=False)

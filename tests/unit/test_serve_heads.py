@@ -323,6 +323,26 @@ def test_a_desk_that_starts_again_learns_what_is_in_use() -> None:
     asyncio.run(work())
 
 
+def test_a_desk_that_starts_again_with_a_user_config_keeps_what_is_in_use() -> None:
+    """Ray Serve gives it its `user_config` once more before any replica reports."""
+
+    async def work() -> None:
+        desk = HeadDesk("/a", rounds=100, gain=0.0)
+        await desk.reconfigure({"path": "/b"})
+        late = Head(10**12, "/b")
+        order = await desk.report(Report("x", "/a", late))
+        assert (order.current, order.trial) == (late, None), "it is there, and is not loaded again"
+        assert (await desk.propose("/c")).number > late.number
+        # A head that came by a call since then is kept while the other one is tried.
+        desk = HeadDesk("/a", rounds=100, gain=0.0)
+        await desk.reconfigure({"path": "/b"})
+        called = Head(10**12, "/called")
+        order = await desk.report(Report("x", "/a", called))
+        assert order.current == called and order.trial is not None
+
+    asyncio.run(work())
+
+
 @pytest.mark.parametrize(
     ("old", "new", "keep"),
     [

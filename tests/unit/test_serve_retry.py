@@ -166,6 +166,25 @@ def test_who_was_let_in_waits_for_room_on_another_replica(service: Service) -> N
     assert len(full.asked) == 4
 
 
+def test_what_another_replica_refuses_for_good_is_an_error_and_no_short_answer(
+    service: Service,
+) -> None:
+    """As one of a new configuration may, with less context."""
+
+    class Smaller(Mortal):
+        async def generate(self, request: Generation) -> AsyncGenerator[Event, None]:
+            if self.asked:
+                yield Rejected("too long", code="context_length_exceeded")
+                return
+            async for event in super().generate(request):
+                yield event
+
+    for path in (CHAT, TEXT, "/generate_stream"):
+        chunks = service.behind(Smaller(service, 6)).broken_stream(path)
+        assert chunks[-1]["error"]["code"] == "context_length_exceeded"
+    assert service.behind(Smaller(service, 6)).call(CHAT, **LONG).status_code == 400
+
+
 def test_losses_are_counted(service: Service) -> None:
     mortal = service.behind(Mortal(service, 4))
     mortal.answer(TEXT, **LONG)

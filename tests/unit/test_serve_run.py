@@ -16,7 +16,7 @@ from core.config import Config, load_config
 from core.draft.base import TargetGeometry, build_head
 from core.draft.folder import save_head
 from core.draft.vocabulary import DraftVocabulary
-from core.errors import ResourceError
+from core.errors import ResourceError, StageError
 from core.models.target import target_fingerprint
 from core.models.tiny import save_tiny_target, tiny_config
 from core.paths import resolve_path
@@ -227,6 +227,19 @@ def test_one_that_cannot_be_used_is_not(
     assert deployed == []
     shown = capsys.readouterr().out
     assert "nothing is changed: " in shown and said in shown
+
+
+def test_whatever_reading_one_fails_with_the_server_goes_on(
+    target: Path, deployed: list[Config], capsys: pytest.CaptureFixture[str]
+) -> None:
+    old = check(Config().replace(target={"path": str(target)}))
+
+    def read() -> Config:
+        raise StageError("the conversion failed")
+
+    assert run._renewed(old, read) == old
+    assert deployed == []
+    assert "nothing is changed: StageError: the conversion failed" in capsys.readouterr().out
 
 
 def test_one_that_does_not_start_is_taken_back(

@@ -63,6 +63,13 @@ def test_an_answer(replica: VllmReplica, run: Run) -> None:
     assert (last.reason, last.completion_tokens, last.seconds) == ("length", 5, None)
 
 
+def test_who_wants_trees_is_answered_without(replica: VllmReplica, run: Run) -> None:
+    """As the page does, which asks for them wherever it is served."""
+    events = run(events_of(replica, asked(trees=True, **PLAIN["plain"])))
+    assert isinstance(events[-1], Finished)
+    assert all(one.tree is None for one in events if isinstance(one, Progressed))
+
+
 def test_choices_are_asked_with_seeds_of_their_own(replica: VllmReplica, run: Run) -> None:
     """Each body is the one that vLLM was recorded with, or the stand-in would refuse it."""
     events = run(events_of(replica, asked(**PLAIN["sampled"])))

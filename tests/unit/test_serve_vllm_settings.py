@@ -234,7 +234,6 @@ def test_another_head_is_refused_with_the_reason() -> None:
         ({"sampling": {"temperature": 0.5}}, "temperature"),
         ({"sampling": {"min_p": 0.1}}, "min_p"),
         ({"sampling": {"logit_bias": {5: 1.0}}}, "logit_bias"),
-        ({"trees": True}, "aerie"),
         ({"speculate": False}, "aerie"),
     ],
 )
