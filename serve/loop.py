@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from core.errors import AerieError, BusyError
+from serve.memory import Trimmer
 from serve.pace import Load, Pace
 
 if TYPE_CHECKING:
@@ -222,8 +223,10 @@ class DecodingLoop:
     # In the thread
 
     def _run(self) -> None:
+        trimmer = Trimmer()
         try:
             while turns := self._wait():
+                trimmer.look()
                 for lane in dict.fromkeys(turn.lane for turn in turns):
                     self._round(lane, [turn for turn in turns if turn.lane is lane])
         finally:
