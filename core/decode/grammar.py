@@ -34,6 +34,9 @@ MOST_SCHEMAS = 32
 # The library reads a schema by recursion, through references too, and ends the process where the
 # stack does. So the stack has room for this many objects and lists inside each other.
 MOST_PARTS, STACK_BYTES = 10_000, 256 * 2**20
+# The first signs that a schema allows are found between rounds of everybody's: a second for 100,000
+# characters in one string, on a slow machine.
+MOST_CHARACTERS = 300_000
 _stack_size = threading.Lock()
 
 
@@ -87,6 +90,11 @@ class JsonGrammars:
         if parts > MOST_PARTS:
             raise InputError(
                 f"the JSON schema has {parts} objects and lists; give one of {MOST_PARTS} at most"
+            )
+        if len(schema) > MOST_CHARACTERS:
+            raise InputError(
+                f"the JSON schema has {len(schema)} characters; give one of {MOST_CHARACTERS} at "
+                "most"
             )
         return _on_a_deep_stack(partial(_matcher, self._tokens, schema))
 

@@ -13,7 +13,7 @@ import torch
 
 from core.config import DecodeConfig
 from core.decode.engine import SpeculativeDecoder
-from core.decode.grammar import MOST_PARTS, MOST_SCHEMAS, JsonGrammars
+from core.decode.grammar import MOST_CHARACTERS, MOST_PARTS, MOST_SCHEMAS, JsonGrammars
 from core.decode.requests import Request
 from core.decode.sampling import SamplingSettings
 from core.decode.tree import DraftTree
@@ -59,6 +59,11 @@ def test_references_as_deep_as_they_may_be_do_not_end_the_process(grammars: Json
     grammars.constraint(deepest)._allowed()
     with pytest.raises(InputError, match=r"has 30003 objects and lists; give one of 10000"):
         grammars.constraint(chain(10_000))
+
+
+def test_a_schema_that_would_hold_everybody_up_is_refused(grammars: JsonGrammars) -> None:
+    with pytest.raises(InputError, match=r"has 300013 characters; give one of 300000 at most"):
+        grammars.constraint(json.dumps({"const": "x" * MOST_CHARACTERS}))
 
 
 def test_each_node_of_a_tree_has_what_may_follow_its_path(
