@@ -11,8 +11,8 @@ import pytest
 from playwright.sync_api import BrowserContext, expect
 
 from serve.keys import key_hash
+from tests.e2e.browsing import needs_chromium
 from tests.e2e.serving import ROOT
-from tests.e2e.test_web import browser, needs_chromium  # noqa: F401
 from tests.in_process import in_process, listening
 
 pytestmark = [pytest.mark.e2e]
@@ -57,7 +57,7 @@ def test_the_terminal_chat_says_that_a_key_is_missing(url: str, key: str | None)
 
 @needs_chromium
 @pytest.mark.browser
-def test_the_page_asks_for_a_key_and_chats_with_it(url: str, browser: BrowserContext) -> None:  # noqa: F811
+def test_the_page_asks_for_a_key_and_chats_with_it(url: str, browser: BrowserContext) -> None:
     page = browser.new_page()
     page.goto(url)
     expect(page.locator("#model")).to_contain_text("asks for an API key")

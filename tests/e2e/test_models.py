@@ -16,6 +16,7 @@ from playwright.sync_api import BrowserContext, expect
 
 from core.config import Config, FinetuneConfig
 from core.models.adapters import load_for_training, save_adapters
+from tests.e2e.browsing import limit_answers, needs_chromium, send, tab_to
 from tests.e2e.serving import (
     ADMIN_KEY,
     PROMPTS,
@@ -26,7 +27,6 @@ from tests.e2e.serving import (
     one_thread,
     serving,
 )
-from tests.e2e.test_web import browser, limit_answers, needs_chromium, send, tab_to  # noqa: F401
 
 pytestmark = [pytest.mark.e2e, pytest.mark.cluster, pytest.mark.slow]
 
@@ -128,7 +128,7 @@ def test_the_desk_of_a_model_is_asked_by_its_name(several: Served) -> None:
 
 @needs_chromium
 @pytest.mark.browser
-def test_the_page_has_them_to_choose_from(several: Served, browser: BrowserContext) -> None:  # noqa: F811
+def test_the_page_has_them_to_choose_from(several: Served, browser: BrowserContext) -> None:
     page = browser.new_page()
     page.goto(several.url)
     expect(page.locator("#model")).to_have_text("tiny")

@@ -7,37 +7,18 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import BrowserContext, Locator, Page, Request, expect, sync_playwright
+from playwright.sync_api import BrowserContext, Locator, Page, Request, expect
 
+from tests.e2e.browsing import NUM_TOKENS, SIZES, limit_answers, needs_chromium, send, tab_to
 from tests.e2e.serving import PROMPTS, Served
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-FLAGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
 # For whoever wants to look at the page: a folder where the tests leave pictures of it.
 PICTURES = os.environ.get("AERIE_TEST_PICTURES")
-NUM_TOKENS = 60
-SIZES = {"desktop": (1100, 760), "phone": (390, 780)}
-# What the element with the focus is called, and whether it can be seen to have it.
-FOCUS = """() => {
-    const node = document.activeElement;
-    const name = node.ariaLabel || node.labels?.[0]?.textContent || node.textContent;
-    const style = getComputedStyle(node);
-    return [name.trim(), style.outlineStyle !== "none" && parseFloat(style.outlineWidth) >= 2];
-}"""
 # What is drawn of a round's tree, and what is said of it.
 TREE = """() => {
     const tree = document.querySelector("#tree");
@@ -63,9 +44,6 @@ WATCH = """() => {
 }"""
 OVERFLOW = "document.documentElement.scrollWidth > document.documentElement.clientWidth"
 
-needs_chromium = pytest.mark.skipif(
-    CHROMIUM is None, reason="no `chromium` on this machine; `make test-setup` installs it"
-)
 pytestmark = [
     pytest.mark.browser,
     pytest.mark.e2e,
@@ -73,22 +51,6 @@ pytestmark = [
     pytest.mark.slow,
     needs_chromium,
 ]
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BrowserContext]:
-    with sync_playwright() as playwright:
-        context = playwright.chromium.launch_persistent_context(
-            tmp_path_factory.mktemp("chromium"),
-            executable_path=CHROMIUM,
-            headless=True,
-            args=FLAGS,
-            viewport={"width": SIZES["desktop"][0], "height": SIZES["desktop"][1]},
-        )
-        context.set_default_timeout(60_000)
-        expect.set_options(timeout=60_000)
-        yield context
-        context.close()
 
 
 @pytest.fixture
@@ -115,39 +77,6 @@ def ours(url: str, served: Served) -> bool:
 def picture(page: Page, name: str) -> None:
     if PICTURES:
         page.screenshot(path=Path(PICTURES) / f"{name}.png")
-
-
-def tab_to(page: Page, name: str) -> None:
-    """Press Tab until the focus is there; wherever it comes by, it can be seen."""
-    passed = []
-    for _ in range(30):
-        focused, seen = page.evaluate(FOCUS)
-        if focused.startswith(name):
-            return
-        passed.append(focused)
-        page.keyboard.press("Tab")
-        focused, seen = page.evaluate(FOCUS)
-        # Behind the last one the focus leaves the page.
-        assert seen or page.evaluate("document.activeElement === document.body"), focused
-    raise AssertionError(f"Tab does not lead to {name!r}, but to {passed}")
-
-
-def limit_answers(page: Page, num_tokens: int = NUM_TOKENS) -> None:
-    if page.locator("#settings").is_hidden():
-        tab_to(page, "Settings")
-        page.keyboard.press("Enter")
-    tab_to(page, "Longest answer")
-    page.keyboard.press("Control+A")
-    page.keyboard.type(str(num_tokens))
-    page.keyboard.press("Escape")
-    expect(page.locator("#settings")).to_be_hidden()
-    expect(page.locator("#toggle")).to_be_focused()
-
-
-def send(page: Page, text: str) -> None:
-    tab_to(page, "Message")
-    page.keyboard.type(text)
-    page.keyboard.press("Enter")
 
 
 def ended(page: Page, number: int) -> Locator:
