@@ -223,9 +223,10 @@ def test_ten_thousand_malformed_requests(limited: Served) -> None:
             ]
             before = limited.server.processes()
             sizes = []
-            for time in range(TIMES):
-                random.Random(time).shuffle(works)
-                for start in range(0, len(works), part := len(works) // PARTS + 1):
+            part = len(works) // PARTS + 1
+            for turn in range(TIMES):
+                random.Random(turn).shuffle(works)
+                for start in range(0, len(works), part):
                     await all_of(iter(works[start : start + part]))
                     sizes.append(limited.server.resident_mb())
             print(f"{TIMES * len(works)} requests, {tally.malformed} of them malformed")
