@@ -156,10 +156,10 @@ def _time_rounds(decoder: SpeculativeDecoder, sizes: Sequence[int]) -> BatchCost
     for count, width in ((1, NARROW), (1, widest), (SEQUENCES, widest)):
         works["read", count], works["expand", count * width] = _drafting(decoder, ids, count, width)
     seconds = median_seconds(works)
-    together = seconds[SEQUENCES]
+    verify = least_of_larger({size: seconds[size] for size in sizes})
     return BatchCosts(
-        verify=least_of_larger({size: seconds[size] for size in sizes}),
-        each_sequence=max(0.0, (seconds["apart"] - together) / (SEQUENCES - 1)),
+        verify=verify,
+        each_sequence=max(0.0, (seconds["apart"] - verify[SEQUENCES]) / (SEQUENCES - 1)),
         read={count: seconds["read", count] for count in (1, SEQUENCES)},
         expand={count: seconds["expand", count] for count in (NARROW, widest, SEQUENCES * widest)},
     )
