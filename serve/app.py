@@ -20,7 +20,7 @@ from ray.serve.handle import DeploymentHandle
 from ray.util import list_named_actors
 
 from core.config import Config, DecodeConfig, ServeConfig
-from core.errors import UserError
+from core.errors import BusyError, UserError
 from serve.api import build_api
 from serve.arguments import Arguments, RefusedError
 from serve.autoscaling import BacklogPolicy
@@ -29,6 +29,7 @@ from serve.errors import ApiError, internal_error, refused
 from serve.generation import RETRY_AFTER_S, Event, Generation, Prompt, Rejected, Tokens
 from serve.keys import admin_key_hashes, key_hashes
 from serve.models import Served
+from serve.reading import not_now
 from serve.recent import Recent
 from serve.replica import DecoderReplica
 from serve.retry import ReplicaLostError, lost_for_good
@@ -53,11 +54,8 @@ METRICS_EVERY_S, LOOK_BACK_S = 1.0, 10.0
 # Failed starts before a deployment is given up. A broken config fails every time.
 MAX_STARTS = 2
 
-QUEUE_FULL = Rejected(
-    "too many requests wait already; try again later",
-    status=429,
-    code="queue_full",
-    retry_after_s=RETRY_AFTER_S,
+QUEUE_FULL = not_now(
+    BusyError("too many requests wait already; try again later"), 429, "queue_full"
 )
 HEAD_IS_FIXED = (
     "vLLM reads its draft head when it starts, so serve.backend=vllm cannot change it at work; set "

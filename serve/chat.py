@@ -196,11 +196,12 @@ def _models(response: httpx.Response) -> list[str]:
     if response.is_error:
         raise httpx.HTTPError(_refusal(response))
     try:
-        if names := [str(one["id"]) for one in response.json()["data"]]:
-            return names
-    except (ValueError, KeyError, TypeError) as error:
-        raise httpx.HTTPError("what answers there lists no models") from error
-    raise httpx.HTTPError("what answers there lists no models")
+        names = [str(one["id"]) for one in response.json()["data"]]
+    except (ValueError, KeyError, TypeError):
+        names = []
+    if not names:
+        raise httpx.HTTPError("what answers there lists no models")
+    return names
 
 
 if __name__ == "__main__":

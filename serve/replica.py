@@ -157,6 +157,7 @@ class DecoderReplica:
         if isinstance(read, Rejected):
             return read
         most = self._config.serve.max_new_tokens
+        answers = [(ids, place) for ids in read.prompts for place in range(request.choices)]
         return [
             Request(
                 prompt_ids,
@@ -166,10 +167,9 @@ class DecoderReplica:
                 frozenset(request.stop_token_ids),
                 None if request.speculate else PLAIN,
                 with_trees=request.trees,
-                constraint=read.constraints.pop(),
+                constraint=constraint,
             )
-            for prompt_ids in read.prompts
-            for place in range(request.choices)
+            for (prompt_ids, place), constraint in zip(answers, read.constraints, strict=True)
         ]
 
 
