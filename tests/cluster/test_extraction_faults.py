@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
@@ -195,6 +196,7 @@ def test_five_kills_cost_nothing_but_the_shards_in_flight(
         assert len(finished.first) == SHARDS
         assert rewritten <= finished.in_flight
         assert len(finished.in_flight) <= 2 * len(VICTIMS)
+    assert json.loads((output / "report.json").read_text())["nodes"] >= 2
     assert not list(output.glob("train/.*")), "a killed writer's leftovers"
     assert_as_undisturbed(examples, target, output, tmp_path / "undisturbed")
 

@@ -82,18 +82,13 @@ def test_two_raylets_give_the_result_of_one(
 ) -> None:
     ray = Path(sys.executable).with_name("ray")
     command = [str(ray), "job", "submit", "--address", two_raylets, "--working-dir", "."]
-    # A replica that starts late finds the few shards of this size done by the other.
-    for attempt in range(3):
-        output = tmp_path / f"run-{attempt}"
-        entrypoint = ["python", "-m", "jobs.quickstart", *SMOKE, f"output={output}"]
-        done = _run([*command, "--", *entrypoint])
-        assert done.returncode == 0, done.stdout + done.stderr
-        _assert_same_result(one_node, output)
-        reports = [output / stage / "report.json" for stage in ("features", "draft")]
-        nodes = [json.loads(report.read_text())["nodes"] for report in reports]
-        if nodes == [2, 2]:
-            return
-    pytest.fail(f"in none of three runs did both nodes take part in both stages; last: {nodes}")
+    output = tmp_path / "run"
+    done = _run([*command, "--", "python", "-m", "jobs.quickstart", *SMOKE, f"output={output}"])
+    assert done.returncode == 0, done.stdout + done.stderr
+    _assert_same_result(one_node, output)
+    # A replica that starts late may find the few shards of this size done by the other, so that
+    # tests/cluster/test_extraction_faults.py is what counts the nodes of extraction.
+    assert json.loads((output / "draft" / "report.json").read_text())["nodes"] == 2
 
 
 def test_exit_codes_pass_through_aerie_submit(two_raylets: str, tmp_path: Path) -> None:
