@@ -142,12 +142,12 @@ def _time_rounds(decoder: SpeculativeDecoder, sizes: Sequence[int]) -> BatchCost
     target = decoder.target
     context = min(CONTEXT_TOKENS, decoder.max_context - max(sizes) - 1)
     ids = [token % target.vocab_size for token in range(context)]
-    rows = RowCache(target.model.config, context + max(sizes), decoder.max_context)
+    firsts, num_rows = _stretches(SEQUENCES, context + max(sizes))
+    rows = RowCache(target.model.config, num_rows, decoder.max_context)
     target_pass(target, rows, [Piece.of_text(0, 0, ids, 1)], decoder.feature_layers)
 
     def verification(size: int, sequences: int = 1) -> Callable[[], object]:
-        # For timing, all sequences may stand in the same rows.
-        pieces = [Piece.of_tree(0, context, _star(size))] * sequences
+        pieces = [Piece.of_tree(first, context, _star(size)) for first in firsts[:sequences]]
         return partial(target_pass, target, rows, pieces, decoder.feature_layers)
 
     widest = most_beams(decoder)
@@ -178,20 +178,21 @@ def _drafting(
     head, target = decoder.head, decoder.target
     assert head is not None
     context, top_k = len(ids), most_beams(decoder)
-    cache = head.new_cache(context + width)
+    firsts, num_rows = _stretches(sequences, context + width)
+    cache = head.new_cache(num_rows)
     hidden_H = torch.zeros(1, target.hidden_size, device=target.device, dtype=target.dtype)
     features_TLH = hidden_H.expand(context, len(decoder.feature_layers), -1)
     ids_T = torch.tensor(ids, device=target.device)
     head.extend(cache, features_TLH, ids_T)
     count = 2 * sequences
-    places = (DraftPlace(0, context - 2),) * sequences
+    places = [DraftPlace(first, context - 2) for first in firsts]
     features_NLH, next_ids_N = features_TLH[:1].expand(count, -1, -1), ids_T[:1].expand(count)
 
     def read() -> None:
         head.extend_all(cache, places, (2,) * sequences, features_NLH, next_ids_N)
 
     beams = DraftBeams(
-        places=(DraftPlace(0, context),) * sequences,
+        places=tuple(DraftPlace(first, context) for first in firsts),
         hidden_SKH=hidden_H.expand(sequences, width, -1),
         token_ids_SK=ids_T[:width].expand(sequences, -1),
         depth=1,
@@ -202,6 +203,12 @@ def _drafting(
         top_tokens(head.step_all(cache, beams).logits_KW, top_k)
 
     return read, expand
+
+
+def _stretches(count: int, size: int) -> tuple[list[int], int]:
+    """First rows of sequences, at no common distance as after a while, and rows of them all."""
+    firsts = [number * (size + number) for number in range(count)]
+    return firsts, firsts[-1] + size
 
 
 def _star(size: int) -> DraftTree:

@@ -85,9 +85,7 @@ class SpeculativeDecoder:
         # Decoding plainly computes no features but the final one.
         self.feature_layers = () if drafter is None else drafter.feature_layers(target.num_layers)
         self._dense = dense_attention
-        self._cache = RowCache(
-            target.model.config, config.cache_tokens, self.max_context, zeroed=dense_attention
-        )
+        self._cache = RowCache(target.model.config, config.cache_tokens, self.max_context)
         self.scheduler = Scheduler(config, self._move)
         self._ids = count()
         self._streams: dict[int, deque[Event]] = {}

@@ -8,15 +8,20 @@ Shapes: G key/value heads, M rows, E head dimension, N new tokens.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.cache_utils import Cache, DynamicLayer
 
 from core.decode.cache import check_attention
+
+# Bytes, as torch's own memory has it.
+ALIGNMENT = 64
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,20 @@ class RowSpace:
         self._free = merged
 
 
+def zero_rows(like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Rows of a cache, of another tensor's dtype and on its device.
+
+    Zeros, since attention reads rows that nobody has written, and multiplies them by zero. On CPU
+    memory is resident only once it is written, which torch's own zeros are at once.
+    """
+    if like.device.type != "cpu":
+        return like.new_zeros(shape)
+    size = math.prod(shape) * like.element_size()
+    memory = torch.from_numpy(np.zeros(size + ALIGNMENT, np.uint8))
+    begin = -memory.data_ptr() % ALIGNMENT
+    return memory[begin : begin + size].view(like.dtype).view(shape)
+
+
 class _Layer(DynamicLayer):
     """Keys and values [1, G, M, E] of one layer."""
 
@@ -73,7 +92,7 @@ class _Layer(DynamicLayer):
         self._rows_N: Tensor | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Reserve the rows; on CPU, memory that is never written is never resident."""
+        """Reserve the rows."""
         self.dtype, self.device = key_states.dtype, key_states.device
         if key_states.shape == value_states.shape:
             self.reserve_joint(key_states, key_states.shape[1], key_states.shape[-1])
@@ -92,8 +111,7 @@ class _Layer(DynamicLayer):
         self.is_initialized = True
 
     def _rows(self, like: Tensor, heads: int, size: int) -> Tensor:
-        rows = like.new_empty((heads, self.cache.num_rows, size))
-        return rows.zero_() if self.cache.zeroed else rows
+        return zero_rows(like, (heads, self.cache.num_rows, size))
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -125,21 +143,18 @@ class _Layer(DynamicLayer):
 class RowCache(Cache):
     """A KV cache of rows, for any HF decoder whose layers all attend fully."""
 
-    def __init__(
-        self, config: PretrainedConfig, num_rows: int, max_context: int, *, zeroed: bool = False
-    ) -> None:
+    def __init__(self, config: PretrainedConfig, num_rows: int, max_context: int) -> None:
         """Reserve the rows.
 
         Args:
             config: the target's.
             num_rows: M, of all sequences together.
             max_context: most rows of a sequence that see each other.
-            zeroed: for attention over all rows, which multiplies those it does not see by zero.
         Raises:
             InputError: some layer does not attend to all of those.
         """
         check_attention(config, max_context)
-        self.num_rows, self.zeroed = num_rows, zeroed
+        self.num_rows = num_rows
         self._writes: dict[torch.device, Tensor] = {}
         self._writes_N = torch.empty(0, dtype=torch.int64)
         count: int = config.get_text_config().num_hidden_layers

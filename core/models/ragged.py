@@ -2,19 +2,23 @@
 
 The new tokens of all sequences stand in one row, so that everything but attention is done once
 for all of them. A cache of rows holds every sequence's keys and values in a stretch of its own;
-attention goes through the sequences and reads each one's own rows in place. Query heads that
-share a key head go through it as rows of one query, so that keys are not copied for each head.
+attention reads each one's own rows in place, several sequences a call (`core/models/windows.py`).
+Query heads that share a key head go through it as rows of one query, so that keys are not copied
+for each head.
 
 Registered as an attention of transformers, so that models stay unmodified. The reference is
 transformers' own attention with `dense_mask`, over all rows of the cache.
 
 Shapes: N new tokens of all sequences, T of one, C rows that a sequence's last token sees,
-Q query heads, G key heads, R = Q / G, E head size, M rows of the cache.
+Q query heads, G key heads, R = Q / G, X = R · T, E head size, M rows of the cache, n sequences
+of a call.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -25,6 +29,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from core.errors import InputError
+from core.models.windows import Windows, plan_windows
 
 NAME = "aerie_ragged"
 # What some models pass to their attention, and what would be lost here.
@@ -33,6 +38,8 @@ FOREIGN = ("softcap", "s_aux", "position_bias")
 # 200 rows of context on for a tree of 8 tokens, and from 600 on for one token. Prompts' chunks
 # stay with torch's kernel, which does not hold all scores at once.
 SCORES_AT_LEAST, ROWS_AT_LEAST, MOST_TOKENS = 20_000, 9, 64
+# A call takes as long to start as so many scores in it, measured for 16 sequences on 2 cores.
+START_SCORES = 30_000
 
 
 @dataclass(frozen=True)
@@ -68,46 +75,121 @@ class Span:
 
 
 @dataclass(frozen=True, eq=False)
+class _Call:
+    """Attention of some sequences, which all layers do alike.
+
+    Attributes:
+        windows: what is read of the cache.
+        tokens: which of the pass's new tokens ask, T for each of the n windows.
+        query: [G, R, n, T, E].
+        keys: [n, G, C, E].
+        mask: additive [n, 1, X, C]; None where all is seen.
+        by_products: whether two products do it, of a single window, in place of torch's kernel.
+    """
+
+    windows: Windows
+    tokens: Tensor | slice
+    query: tuple[int, ...]
+    keys: tuple[int, ...]
+    mask: Tensor | None
+    by_products: bool
+
+    def attend(
+        self, query_QNE: Tensor, keys_GME: Tensor, values_GME: Tensor, scale: float
+    ) -> Tensor:
+        """Outputs [n · T, Q, E]."""
+        if isinstance(self.tokens, slice):
+            query = query_QNE[:, self.tokens].reshape(self.query)
+        else:
+            query = query_QNE.index_select(1, self.tokens).view(self.query)
+        attend = _by_products if self.by_products else F.scaled_dot_product_attention
+        out = attend(
+            query.permute(2, 0, 1, 3, 4).flatten(2, 3),
+            self._rows(keys_GME),
+            self._rows(values_GME),
+            attn_mask=self.mask,
+            scale=scale,
+        )
+        groups, per_key, count, tokens, size = self.query
+        out = out.unflatten(2, (per_key, tokens)).permute(0, 3, 1, 2, 4)
+        return out.reshape(count * tokens, groups * per_key, size)
+
+    def _rows(self, states_GME: Tensor) -> Tensor:
+        """The windows, a view."""
+        windows, (group, row, element) = self.windows, states_GME.stride()
+        strides = (windows.step * row, group, row, element)
+        offset = states_GME.storage_offset() + windows.first * row
+        return states_GME.as_strided(self.keys, strides, offset)
+
+
+@dataclass(frozen=True, eq=False)
 class RaggedBatch:
     """The sequences of one pass.
 
+    What a cache holds behind a sequence may be read with it. Nothing comes of it, but it has to be
+    finite.
+
     Attributes:
         spans: in the order of their new tokens.
-        masks: additive, by sequence, device and so on; all layers share them.
+        plans: what is called, by all that it depends on; the layers share them.
     """
 
     spans: tuple[Span, ...]
-    masks: dict[Any, Tensor | None] = field(default_factory=dict)
+    plans: dict[Any, tuple[list[_Call], Tensor | None]] = field(default_factory=dict)
 
     def attend(
         self, query_QNE: Tensor, keys_GME: Tensor, values_GME: Tensor, scale: float
     ) -> Tensor:
         """Outputs [N, Q, E] of new tokens whose keys the cache holds already."""
-        groups = len(keys_GME)
-        per_key = len(query_QNE) // groups
-        outputs, begin = [], 0
-        for number, span in enumerate(self.spans):
-            query = query_QNE[:, begin : begin + span.count]
-            begin += span.count
-            rows = slice(span.first, span.end)
-            attend = _by_products if _products_pay(groups, per_key, span, query) else _by_kernel
-            out = attend(
-                query.reshape(groups, per_key * span.count, -1),
-                keys_GME[:, rows],
-                values_GME[:, rows],
-                self._mask(number, per_key, query),
-                scale,
-            )
-            out = out.view(groups, per_key, span.count, -1)
-            outputs.append(out.permute(2, 0, 1, 3).flatten(1, 2))
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        calls, places_N = self._plan(query_QNE, keys_GME)
+        outputs = [call.attend(query_QNE, keys_GME, values_GME, scale) for call in calls]
+        output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        return output if places_N is None else output.index_select(0, places_N)
 
-    def _mask(self, number: int, per_key: int, query: Tensor) -> Tensor | None:
-        """What a sequence's scores get added, [R · T, C]; None for nothing."""
-        key = (number, per_key, query.dtype, query.device)
-        if key not in self.masks:
-            self.masks[key] = _additive(self.spans[number], per_key, query)
-        return self.masks[key]
+    def _plan(self, query: Tensor, keys: Tensor) -> tuple[list[_Call], Tensor | None]:
+        """The calls, and which row of their outputs each new token's is, [N]; None if the same."""
+        key = (query.shape, keys.shape, query.dtype, query.device)
+        if key not in self.plans:
+            self.plans[key] = self._planned(query, keys)
+        return self.plans[key]
+
+    def _planned(self, query: Tensor, keys: Tensor) -> tuple[list[_Call], Tensor | None]:
+        groups, num_rows, size = keys.shape
+        per_key, spans = query.shape[0] // groups, self.spans
+        numbers = range(len(spans))
+        products = {n for n in numbers if _products_pay(groups, per_key, spans[n], query)}
+        alone = products | {n for n in numbers if spans[n].count > MOST_TOKENS}
+        plan = [Windows.of([number], spans) for number in alone]
+        plan += plan_windows(
+            spans,
+            [number for number in numbers if number not in alone],
+            num_rows,
+            lambda rows, tokens: groups * rows * (per_key * tokens + ROWS_AT_LEAST),
+            START_SCORES,
+        )
+        begins = [0, *accumulate(span.count for span in spans)]
+        calls, places, done = [], [0] * begins[-1], 0
+        for windows in plan:
+            count, tokens = len(windows.members), windows.tokens
+            asking: list[int] = []
+            for number in windows.members:
+                begin, own, at = begins[number], spans[number].count, done + len(asking)
+                places[begin : begin + own] = range(at, at + own)
+                # Where a member has fewer than the others, its last one asks again.
+                asking += [begin + min(t, own - 1) for t in range(tokens)]
+            done += len(asking)
+            calls.append(
+                _Call(
+                    windows=windows,
+                    tokens=_as_slice(asking, query.device),
+                    query=(groups, per_key, count, tokens, size),
+                    keys=(count, groups, windows.rows, size),
+                    mask=_additive([spans[n] for n in windows.members], windows, per_key, query),
+                    by_products=products.issuperset(windows.members),
+                )
+            )
+        same = places == list(range(done))
+        return calls, None if same else torch.tensor(places, device=query.device)
 
     def dense_mask(self, num_rows: int) -> Tensor:
         """bool [N, M], what every new token sees of a cache: the reference's mask."""
@@ -122,25 +204,20 @@ class RaggedBatch:
         return dense
 
 
-def _by_kernel(
-    query_GXE: Tensor, keys_GCE: Tensor, values_GCE: Tensor, mask_XC: Tensor | None, scale: float
-) -> Tensor:
-    """Attention of the X rows that share keys, by torch's kernel: [G, X, E]."""
-    (out_GXE,) = F.scaled_dot_product_attention(
-        query_GXE[None], keys_GCE[None], values_GCE[None], attn_mask=mask_XC, scale=scale
-    )
-    return out_GXE
-
-
 def _by_products(
-    query_GXE: Tensor, keys_GCE: Tensor, values_GCE: Tensor, mask_XC: Tensor | None, scale: float
+    query_nGXE: Tensor,
+    keys_nGCE: Tensor,
+    values_nGCE: Tensor,
+    attn_mask: Tensor | None,
+    scale: float,
 ) -> Tensor:
-    """The same by two products, for which nothing of the cache is copied."""
+    """What torch's kernel does, of a single window by two products: nothing of it is copied."""
     # Keys come first: oneDNN would bring a long second factor into another order.
-    scores_GXC = torch.bmm(keys_GCE, (query_GXE * scale).transpose(1, 2)).transpose(1, 2)
-    if mask_XC is not None:
-        scores_GXC += mask_XC
-    return torch.bmm(scores_GXC.softmax(-1), values_GCE)
+    keys_GCE, query_GEX = keys_nGCE[0], (query_nGXE[0] * scale).transpose(1, 2)
+    scores_GXC = torch.bmm(keys_GCE, query_GEX).transpose(1, 2)
+    if attn_mask is not None:
+        scores_GXC += attn_mask[0]
+    return torch.bmm(scores_GXC.softmax(-1), values_nGCE[0])[None]
 
 
 def _products_pay(groups: int, per_key: int, span: Span, query: Tensor) -> bool:
@@ -154,13 +231,29 @@ def _products_pay(groups: int, per_key: int, span: Span, query: Tensor) -> bool:
     return groups * (span.end - span.first) * (rows + ROWS_AT_LEAST) >= SCORES_AT_LEAST
 
 
-def _additive(span: Span, per_key: int, like: Tensor) -> Tensor | None:
-    sees = span.sees()
-    if sees is None:
+def _as_slice(numbers: list[int], device: torch.device) -> Tensor | slice:
+    """An index of these numbers: nothing is copied where they follow each other."""
+    begin, end = numbers[0], numbers[0] + len(numbers)
+    if numbers == list(range(begin, end)):
+        return slice(begin, end)
+    return torch.tensor(numbers, device=device)
+
+
+def _additive(spans: Sequence[Span], windows: Windows, per_key: int, like: Tensor) -> Tensor | None:
+    """What the windows' scores get added, [n, 1, R · T, C]; None where every token sees all."""
+    full = all(span.end - span.first == windows.rows for span in spans)
+    if full and all(span.count == windows.tokens and span.sees() is None for span in spans):
         return None
-    mask = like.new_zeros(per_key, span.count, span.end - span.first)
-    mask[..., span.context :].masked_fill_(~sees.to(like.device), float("-inf"))
-    return mask.flatten(0, 1)
+    sees_nTC = torch.zeros(len(spans), windows.tokens, windows.rows, dtype=torch.bool)
+    for span, sees_TC in zip(spans, sees_nTC, strict=True):
+        behind, sees_TT = span.end - span.first, span.sees()
+        sees_TC[:, : span.context] = True
+        # What the last one asks again sees as much, so that no score is without any weight.
+        sees_TC[:, span.context : behind] = True if sees_TT is None else sees_TT[-1]
+        if sees_TT is not None:
+            sees_TC[: span.count, span.context : behind] = sees_TT
+    mask = like.new_zeros(sees_nTC.shape).masked_fill_(~sees_nTC.to(like.device), float("-inf"))
+    return mask[:, None].expand(-1, per_key, -1, -1).flatten(1, 2)[:, None]
 
 
 def use_ragged_attention(model: PreTrainedModel) -> None:

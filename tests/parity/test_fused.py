@@ -85,7 +85,7 @@ def _load(config: PretrainedConfig, folder: Path, **target: Any) -> Target:
 def _passes(target: Target, *, dense: bool) -> list[torch.Tensor]:
     """Prompts of two sequences, then a tree, a prompt's part and a plain step in one pass."""
     use_ragged_attention(target.model)
-    cache = RowCache(target.model.config, 64, 64, zeroed=dense)
+    cache = RowCache(target.model.config, 64, 64)
     prompts = [Piece.of_text(30, 0, range(40, 52), 1), Piece.of_text(4, 0, [1, 9, 77], 0)]
     pieces = [
         Piece.of_tree(4, 3, TREE),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,35 @@ def test_a_ragged_batch_attends_as_a_dense_mask_does(heads: int) -> None:
     torch.testing.assert_close(found, wanted[0].transpose(0, 1), rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_sequences_that_share_a_call_attend_as_a_dense_mask_does(seed: int) -> None:
+    """Some at one distance, of several lengths, with trees of several sizes beside each other."""
+    choice, draw = random.Random(seed), torch.Generator().manual_seed(seed)
+    spans, first = [], 0
+    for _ in range(12):
+        context, count = choice.randint(0, 30), choice.choice((1, 1, 2, 6))
+        sees = TREE.sees_NN[:count, :count] if count > 1 and choice.random() < 0.7 else None
+        spans.append(Span(first, context, count, sees))
+        first += choice.choice((40, 40, 57))
+    choice.shuffle(spans)
+    # What stands behind a sequence is not its own, and large.
+    keys, values = (20 * torch.randn(2, first, 8, generator=draw) for _ in range(2))
+    batch = RaggedBatch(tuple(spans))
+    query = torch.randn(6, sum(span.count for span in spans), 8, generator=draw)
+    found = batch.attend(query, keys, values, 0.3)
+    ((calls, _),) = batch.plans.values()
+    assert max(len(call.windows.members) for call in calls) > 2 and len(calls) < len(spans) / 2
+    wanted = F.scaled_dot_product_attention(
+        query[None],
+        keys.repeat_interleave(3, 0)[None],
+        values.repeat_interleave(3, 0)[None],
+        attn_mask=batch.dense_mask(first),
+        scale=0.3,
+    )
+    # Values are twenty times as large as those of the test above.
+    torch.testing.assert_close(found, wanted[0].transpose(0, 1), rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("tokens", [1, 6, 24])
 def test_attention_by_products_is_the_kernels(monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
     """In bfloat16 and behind a long text, where scores are rounded to 8 bits, as HF's eager does.
@@ -79,7 +109,7 @@ def test_a_pass_over_trees_and_prompts_is_the_dense_masks(deep_target: Target) -
     layers = (2, 3, 7)
     results = []
     for dense in (False, True):
-        cache = RowCache(deep_target.model.config, 64, 64, zeroed=dense)
+        cache = RowCache(deep_target.model.config, 64, 64)
         prompts = [
             Piece.of_text(30, 0, range(40, 52), 1),
             Piece.of_text(4, 0, [1, 9, 77], 0),
