@@ -2,15 +2,17 @@
 
 A round's value is its expected tokens over its expected seconds. Drafting goes on for another
 level while that promises more of it; then, of all nodes of all sequences, the likeliest are
-taken, as many as give most of it, which may be none. Whether to draft at all is decided by what
-rounds with drafts really gave at this batch size beside plain ones, so that neither a wrong
-estimate nor a bad head makes decoding slower for long.
+taken, as many as give most of it, which may be none. Where a round also reads prompts, its seconds
+say little of what a node is worth: what counts there is what the same seconds give in other rounds.
+Whether to draft at all is decided by what rounds with drafts really gave at about this batch size
+beside plain ones, so that neither a wrong estimate nor a bad head makes decoding slower for long.
 
 Shapes: S sequences whose trees are chosen, N nodes of a tree, P nodes of all of them.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -34,13 +36,23 @@ GOES_ON = 0.6
 
 @dataclass
 class _Record:
-    """What rounds with drafts gave at one batch size, and whether they pause."""
+    """What rounds with drafts gave at batch sizes near each other, and whether they pause.
 
-    tokens: float = 0.0
+    Attributes:
+        plain_seconds: in which plain rounds would have given the same tokens.
+        seconds: that they took.
+    """
+
+    plain_seconds: float = 0.0
     seconds: float = 0.0
     rounds: int = 0
     paused: int = 0
     next_pause: int = FIRST_PAUSE
+
+    @property
+    def gain(self) -> float:
+        """Speed relative to plain rounds; 1 before enough were looked at."""
+        return self.plain_seconds / self.seconds if self.rounds >= TRIAL_ROUNDS else 1.0
 
 
 @dataclass
@@ -51,6 +63,8 @@ class PolicyRound:
         records: of the S sequences.
         sequences: of the whole batch, fixed trees and prompts included.
         drafts: whether a head is asked.
+        worth: tokens that a second gives in other rounds, where this one also reads prompts or
+            fixed trees; None where it is this round that is to give most.
         expanded: of each level behind the root's children, nodes of all trees that it is of.
     """
 
@@ -59,6 +73,7 @@ class PolicyRound:
     drafts: bool
     verify_seconds: Floats
     base_tokens: int
+    worth: float | None = None
     expanded: list[int] = field(default_factory=list)
     draft_seconds: float = 0.0
     last_level: float = field(default=0.0)
@@ -105,16 +120,18 @@ class BatchPolicy:
         if record.paused:
             record.paused -= 1
         sequences = count + other_sequences
+        worth = max(1.0, record.gain) / self._plain_seconds(count) if other_tokens else None
         return PolicyRound(
             records=records,
             sequences=sequences,
             drafts=drafts,
             verify_seconds=self.costs.verify_up_to(base, most, sequences),
             base_tokens=base,
+            worth=worth,
         )
 
     def width(self, now: PolicyRound, levels: Sequence[Floats], beams_SK: Floats) -> int:
-        """How many nodes of each tree are expanded; 0 where no level promises more tokens a second.
+        """How many nodes of each tree are expanded; 0 where another level promises no more.
 
         Args:
             now: the round.
@@ -190,20 +207,24 @@ class BatchPolicy:
         # Rounds that read prompts too are slow for another reason.
         if now.base_tokens > count:
             return
-        record.tokens = record.tokens * MEMORY + tokens
+        plain_seconds = tokens * self._plain_seconds(count)
+        record.plain_seconds = record.plain_seconds * MEMORY + plain_seconds
         record.seconds = record.seconds * MEMORY + now.draft_seconds + verify_seconds
         record.rounds += 1
         if record.rounds < TRIAL_ROUNDS:
             return
-        plain = count / self.costs.verify(count, count)
-        if record.tokens / record.seconds >= plain * WORTHWHILE:
+        if record.gain >= WORTHWHILE:
             record.next_pause = FIRST_PAUSE
             return
         next_pause = min(2 * record.next_pause, LONGEST_PAUSE)
-        self._records[count] = _Record(paused=record.next_pause, next_pause=next_pause)
+        self._records[_size(count)] = _Record(paused=record.next_pause, next_pause=next_pause)
 
     def _record(self, count: int) -> _Record:
-        return self._records.setdefault(count, _Record())
+        return self._records.setdefault(_size(count), _Record())
+
+    def _plain_seconds(self, count: int) -> float:
+        """A token's, in plain rounds of so many sequences."""
+        return self.costs.verify(count, count) / count
 
     def _probabilities(self, now: PolicyRound, scores_SX: Floats, depth: int) -> Floats:
         depths = np.full(scores_SX.shape, depth)
@@ -214,11 +235,17 @@ class BatchPolicy:
     def _best(
         self, now: PolicyRound, chances_P: Floats, draft_seconds: float, *, ordered: bool = False
     ) -> tuple[int, float]:
-        """How many of these nodes to verify, likeliest first, and tokens a second then."""
+        """How many of these nodes to verify, likeliest first, and what the round is worth then."""
         if not ordered:
             chances_P = -np.sort(-chances_P)
         most = len(now.verify_seconds) - 1
         tokens = len(now.records) + np.concatenate(([0.0], chances_P[:most].cumsum()))
-        rates = tokens / (draft_seconds + now.verify_seconds[: len(tokens)])
-        best = int(rates.argmax())
-        return best, float(rates[best])
+        seconds = draft_seconds + now.verify_seconds[: len(tokens)]
+        values = tokens / seconds if now.worth is None else tokens - now.worth * seconds
+        best = int(values.argmax())
+        return best, float(values[best])
+
+
+def _size(count: int) -> int:
+    """Batch sizes that are judged together: about as many as 1, 2, 4, 8, …"""
+    return round(math.log2(count))

@@ -150,6 +150,30 @@ def test_drafts_that_pay_go_on_and_batch_sizes_are_told_apart() -> None:
     assert not _begin(policy, 8).drafts
 
 
+def test_beside_a_prompt_a_node_is_worth_what_its_seconds_give_elsewhere() -> None:
+    """A prompt of 90 tokens takes long; drafting more would still be the slower use of time."""
+    costs = BatchCosts({1: 1.0, 101: 11.0}, 0.0, {1: 0.0}, {1: 0.0})
+    trees = [_tree(0.9, 0.5, 0.06, 0.04)]
+    for other, size in ((0, 3), (90, 3)):
+        policy = _policy(costs)
+        assert policy.choose(_begin(policy, 1, other), trees)[0].size == size
+    # Where other rounds give more than plain ones, less is worth its time.
+    policy = _policy(costs)
+    for _ in range(TRIAL_ROUNDS):
+        policy.ended(_begin(policy, 1), 6, 1, 1.0)
+    assert policy.choose(_begin(policy, 1, 90), trees)[0].size == 2
+
+
+def test_batch_sizes_near_each_other_share_what_was_seen() -> None:
+    policy = _policy(BatchCosts({1: 1.0, 64: 2.0}, 0.0, {1: 0.5}, {1: 0.1}))
+    for count in (16, 15, 13, 14, 16, 15, 14, 16):
+        now = _begin(policy, count)
+        now.draft_seconds = 0.5
+        policy.ended(now, count, 2 * count, 1.4)
+    assert not _begin(policy, 12).drafts
+    assert _begin(policy, 8).drafts
+
+
 def test_acceptance_is_learned_by_depth_and_confidence_and_request() -> None:
     acceptance = Acceptance()
     sure, unsure = _tree(0.9, 0.85), _tree(0.3, 0.2)
