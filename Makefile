@@ -35,7 +35,7 @@ for attempt in 1 2 3; do \
 done; exit 1
 endef
 
-.PHONY: help env install quickstart smoke serve test soak check format test-setup lock clean
+.PHONY: help env install quickstart smoke serve test soak lint check format test-setup lock clean
 
 help: ## list the targets
 	@echo "make <target> [VENV=.venv] [PYTHON=python3.11] [ARGS=\"...\"]"
@@ -112,11 +112,13 @@ endif
 soak: install ## the tests that kill processes for minutes
 	$(BIN)/python -m pytest -m soak $(ARGS)
 
-check: install ## format, lint, types, architecture and unit tests
+lint: install ## format, lint, types and architecture
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+check: lint ## the same and the unit tests
 	$(BIN)/python -m pytest $(PARALLEL) tests/unit -q $(ARGS)
 
 format: install ## rewrite the source the way `check` wants it
