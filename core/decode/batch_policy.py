@@ -63,8 +63,8 @@ class PolicyRound:
         records: of the S sequences.
         sequences: of the whole batch, fixed trees and prompts included.
         drafts: whether a head is asked.
-        worth: tokens that a second gives in other rounds, where this one also reads prompts or
-            fixed trees; None where it is this round that is to give most.
+        worth: tokens that a second gives in other rounds, where this one also reads prompts; None
+            where it is this round that is to give most.
         expanded: of each level behind the root's children, nodes of all trees that it is of.
     """
 
@@ -109,23 +109,34 @@ class BatchPolicy:
         self._goes_on = [GOES_ON] * (largest.depth + 1)
 
     def begin(
-        self, records: Sequence[RequestRecord], other_tokens: int, other_sequences: int
+        self,
+        records: Sequence[RequestRecord],
+        *,
+        prompt_tokens: int = 0,
+        fixed_tokens: int = 0,
+        others: int = 0,
     ) -> PolicyRound:
-        """A round of S sequences beside others, whose new tokens are read in the same pass."""
+        """A round of S sequences.
+
+        Args:
+            records: of these.
+            prompt_tokens: that are read in the same pass.
+            fixed_tokens: of trees that are not chosen, verified in the same pass.
+            others: sequences that these two are of.
+        """
         count = len(records)
-        base = count + other_tokens
+        base = count + prompt_tokens + fixed_tokens
         most = count * (self.largest.total_tokens - 1)
         record = self._record(count)
         drafts = not record.paused
         if record.paused:
             record.paused -= 1
-        sequences = count + other_sequences
-        worth = max(1.0, record.gain) / self._plain_seconds(count) if other_tokens else None
+        worth = max(1.0, record.gain) / self._plain_seconds(count) if prompt_tokens else None
         return PolicyRound(
             records=records,
-            sequences=sequences,
+            sequences=count + others,
             drafts=drafts,
-            verify_seconds=self.costs.verify_up_to(base, most, sequences),
+            verify_seconds=self.costs.verify_up_to(base, most, count + others),
             base_tokens=base,
             worth=worth,
         )

@@ -144,7 +144,8 @@ def _time_rounds(decoder: SpeculativeDecoder, sizes: Sequence[int]) -> BatchCost
     ids = [token % target.vocab_size for token in range(context)]
     firsts, num_rows = _stretches(SEQUENCES, context + max(sizes))
     rows = RowCache(target.model.config, num_rows, decoder.max_context)
-    target_pass(target, rows, [Piece.of_text(0, 0, ids, 1)], decoder.feature_layers)
+    texts = [Piece.of_text(first, 0, ids, 1) for first in firsts]
+    target_pass(target, rows, texts, decoder.feature_layers)
 
     def verification(size: int, sequences: int = 1) -> Callable[[], object]:
         pieces = [Piece.of_tree(first, context, _star(size)) for first in firsts[:sequences]]

@@ -304,8 +304,9 @@ class SpeculativeDecoder:
         fixed = [one for one in decoding if not one.adaptive]
         return self.policy.begin(
             [one.record for one in adaptive],
-            prompt_tokens + sum(one.plan.total_tokens for one in fixed),
-            prompts + len(fixed),
+            prompt_tokens=prompt_tokens,
+            fixed_tokens=sum(one.plan.total_tokens for one in fixed),
+            others=prompts + len(fixed),
         )
 
     def _draft(self, choice: PolicyRound | None) -> list[tuple[DecodedSequence, DraftTree]]:

@@ -9,9 +9,9 @@ for each head.
 Registered as an attention of transformers, so that models stay unmodified. The reference is
 transformers' own attention with `dense_mask`, over all rows of the cache.
 
-Shapes: N new tokens of all sequences, T of one, C rows that a sequence's last token sees,
-Q query heads, G key heads, R = Q / G, X = R · T, E head size, M rows of the cache, n sequences
-of a call.
+Shapes: N new tokens of all sequences, T of one, C rows that a sequence's last token sees, n
+sequences of a call (whose T and C are the most of theirs), Q query heads, G key heads, R = Q / G,
+X = R · T, E head size, M rows of the cache.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Span:
     Attributes:
         first: cache row where the sequence begins.
         context: rows from there on that all of its new tokens see.
-        count: T.
+        count: T, at least 1.
         sees_TT: bool [T, C - context], which of the rows behind the context each token sees; None
             for ordinary causal attention, where those are the new tokens themselves.
     """
@@ -82,7 +82,6 @@ class _Call:
         windows: what is read of the cache.
         tokens: which of the pass's new tokens ask, T for each of the n windows.
         query: [G, R, n, T, E].
-        keys: [n, G, C, E].
         mask: additive [n, 1, X, C]; None where all is seen.
         by_products: whether two products do it, of a single window, in place of torch's kernel.
     """
@@ -90,7 +89,6 @@ class _Call:
     windows: Windows
     tokens: Tensor | slice
     query: tuple[int, ...]
-    keys: tuple[int, ...]
     mask: Tensor | None
     by_products: bool
 
@@ -110,16 +108,18 @@ class _Call:
             attn_mask=self.mask,
             scale=scale,
         )
-        groups, per_key, count, tokens, size = self.query
+        groups, per_key, count, tokens, _ = self.query
         out = out.unflatten(2, (per_key, tokens)).permute(0, 3, 1, 2, 4)
-        return out.reshape(count * tokens, groups * per_key, size)
+        return out.reshape(count * tokens, groups * per_key, -1)
 
     def _rows(self, states_GME: Tensor) -> Tensor:
-        """The windows, a view."""
+        """The windows [n, G, C, E], a view; values may have another E than keys."""
         windows, (group, row, element) = self.windows, states_GME.stride()
+        groups, _, count, _, _ = self.query
+        shape = (count, groups, windows.rows, states_GME.shape[2])
         strides = (windows.step * row, group, row, element)
         offset = states_GME.storage_offset() + windows.first * row
-        return states_GME.as_strided(self.keys, strides, offset)
+        return states_GME.as_strided(shape, strides, offset)
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,7 +127,7 @@ class RaggedBatch:
     """The sequences of one pass.
 
     What a cache holds behind a sequence may be read with it. Nothing comes of it, but it has to be
-    finite.
+    finite: in float16, whose range a text can exceed, every sequence is read alone.
 
     Attributes:
         spans: in the order of their new tokens.
@@ -158,7 +158,8 @@ class RaggedBatch:
         per_key, spans = query.shape[0] // groups, self.spans
         numbers = range(len(spans))
         products = {n for n in numbers if _products_pay(groups, per_key, spans[n], query)}
-        alone = products | {n for n in numbers if spans[n].count > MOST_TOKENS}
+        far = query.dtype == torch.float16
+        alone = products | {n for n in numbers if far or spans[n].count > MOST_TOKENS}
         plan = [Windows.of([number], spans) for number in alone]
         plan += plan_windows(
             spans,
@@ -167,6 +168,7 @@ class RaggedBatch:
             lambda rows, tokens: groups * rows * (per_key * tokens + ROWS_AT_LEAST),
             START_SCORES,
         )
+        assert all(windows.end <= num_rows for windows in plan), "rows that the cache has not"
         begins = [0, *accumulate(span.count for span in spans)]
         calls, places, done = [], [0] * begins[-1], 0
         for windows in plan:
@@ -183,7 +185,6 @@ class RaggedBatch:
                     windows=windows,
                     tokens=_as_slice(asking, query.device),
                     query=(groups, per_key, count, tokens, size),
-                    keys=(count, groups, windows.rows, size),
                     mask=_additive([spans[n] for n in windows.members], windows, per_key, query),
                     by_products=products.issuperset(windows.members),
                 )

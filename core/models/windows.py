@@ -8,6 +8,7 @@ rows behind those that are shorter than the longest.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -85,39 +86,43 @@ def plan_windows(
     # Those of like size stand together: little is read in vain.
     left = sorted(wanted, key=lambda n: (sequences[n].count, _size(sequences[n])))
     at = {sequences[number].first: number for number in left}
+
+    def saved(windows: Windows) -> float:
+        """By one call in place of one each; nothing can be where the cache ends."""
+        if windows.end > num_rows:
+            return -math.inf
+        chosen = [sequences[number] for number in windows.members]
+        apart = sum(cost(_size(one), one.count) for one in chosen)
+        more = len(chosen) * cost(windows.rows, windows.tokens) - apart
+        return (len(chosen) - 1) * start - more
+
+    def raster(pair: Sequence[int]) -> Windows:
+        """Of two sequences, and of others at the same distance as long as they save something."""
+        found = Windows.of(sorted(pair, key=lambda n: sequences[n].first), sequences)
+        for behind in (False, True):
+            while found.step:
+                edge = sequences[found.members[-1 if behind else 0]].first
+                number = at.get(edge + found.step if behind else edge - found.step)
+                if number is None:
+                    break
+                wider = [*found.members, number] if behind else [number, *found.members]
+                if saved(Windows.of(wider, sequences)) < saved(found):
+                    break
+                found = Windows.of(wider, sequences)
+        return found
+
     plan = []
     while left:
-        number = left[0]
-        best, most = Windows.of([number], sequences), 0.0
+        best = Windows.of(left[:1], sequences)
         for other in left[1 : 1 + NEIGHBOURS]:
-            for members in _rasters(number, other, at, sequences):
-                found = Windows.of(members, sequences)
-                apart = sum(cost(_size(one), one.count) for one in (sequences[n] for n in members))
-                more = len(members) * cost(found.rows, found.tokens) - apart
-                saved = (len(members) - 1) * start - more
-                if saved > most and found.end <= num_rows:
-                    best, most = found, saved
+            found = raster((left[0], other))
+            if found.step and saved(found) > saved(best):
+                best = found
         plan.append(best)
-        for member in best.members:
-            left.remove(member)
-            at.pop(sequences[member].first, None)
+        for number in best.members:
+            left.remove(number)
+            at.pop(sequences[number].first, None)
     return plan
-
-
-def _rasters(
-    one: int, other: int, at: dict[int, int], sequences: Sequence[Rows]
-) -> list[list[int]]:
-    """Two sequences, and both with all others at the same distance, where there are any."""
-    low, high = sorted((one, other), key=lambda number: sequences[number].first)
-    step = sequences[high].first - sequences[low].first
-    if not step:
-        return []
-    members = [low, high]
-    while (before := at.get(sequences[members[0]].first - step)) is not None:
-        members.insert(0, before)
-    while (behind := at.get(sequences[members[-1]].first + step)) is not None:
-        members.append(behind)
-    return [[low, high], members] if len(members) > 2 else [members]
 
 
 def _size(sequence: Rows) -> int:

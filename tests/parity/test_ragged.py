@@ -80,6 +80,32 @@ def test_sequences_that_share_a_call_attend_as_a_dense_mask_does(seed: int) -> N
     torch.testing.assert_close(found, wanted[0].transpose(0, 1), rtol=0, atol=1e-4)
 
 
+def test_values_may_be_smaller_than_keys() -> None:
+    """As DeepSeek's, which are one tensor before they are split."""
+    draw = torch.Generator().manual_seed(0)
+    keys, values = torch.randn(2, 60, 13, generator=draw).split((8, 5), dim=2)
+    batch = RaggedBatch((Span(40, 19, 1), Span(0, 9, 2), Span(20, 4, 1)))
+    query = torch.randn(6, 4, 8, generator=draw)
+    wanted = F.scaled_dot_product_attention(
+        query[None],
+        keys.repeat_interleave(3, 0)[None],
+        values.repeat_interleave(3, 0)[None],
+        attn_mask=batch.dense_mask(60),
+        scale=0.3,
+    )
+    found = batch.attend(query, keys, values, 0.3)
+    torch.testing.assert_close(found, wanted[0].transpose(0, 1), rtol=0, atol=1e-6)
+
+
+def test_in_float16_nothing_of_other_sequences_is_read() -> None:
+    """Where a text has led to more than the format holds, its rows are not numbers."""
+    keys, values = (torch.randn(2, 60, 8).half() for _ in range(2))
+    keys[:, 20:40], values[:, 20:40] = float("nan"), float("nan")
+    batch = RaggedBatch((Span(0, 9, 1), Span(20, 19, 1), Span(40, 4, 1)))
+    found = batch.attend(torch.randn(6, 3, 8).half(), keys, values, 0.3)
+    assert found[[0, 2]].isfinite().all() and found[1].isnan().all()
+
+
 @pytest.mark.parametrize("tokens", [1, 6, 24])
 def test_attention_by_products_is_the_kernels(monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
     """In bfloat16 and behind a long text, where scores are rounded to 8 bits, as HF's eager does.

@@ -47,8 +47,13 @@ def _tree(*scores: float) -> DraftTree:
     )
 
 
-def _begin(policy: BatchPolicy, count: int, other: int = 0) -> PolicyRound:
-    return policy.begin([RequestRecord() for _ in range(count)], other, int(other > 0))
+def _begin(policy: BatchPolicy, count: int, prompt: int = 0, fixed: int = 0) -> PolicyRound:
+    return policy.begin(
+        [RequestRecord() for _ in range(count)],
+        prompt_tokens=prompt,
+        fixed_tokens=fixed,
+        others=int(prompt + fixed > 0),
+    )
 
 
 def test_nodes_are_taken_while_they_are_worth_their_cost() -> None:
@@ -66,7 +71,7 @@ def test_the_likeliest_nodes_of_all_sequences_are_taken() -> None:
     assert sum(tree.size for tree in found) == 8
     assert [tree.size for tree in found] == [5, 1, 2]
     # What else the pass reads leaves less room; of equally likely nodes, the shallow ones stay.
-    found = policy.choose(_begin(policy, 3, other=3), trees)
+    found = policy.choose(_begin(policy, 3, fixed=3), trees)
     assert [tree.size for tree in found] == [2, 1, 2]
 
 
@@ -154,9 +159,9 @@ def test_beside_a_prompt_a_node_is_worth_what_its_seconds_give_elsewhere() -> No
     """A prompt of 90 tokens takes long; drafting more would still be the slower use of time."""
     costs = BatchCosts({1: 1.0, 101: 11.0}, 0.0, {1: 0.0}, {1: 0.0})
     trees = [_tree(0.9, 0.5, 0.06, 0.04)]
-    for other, size in ((0, 3), (90, 3)):
+    for prompt, fixed, size in ((0, 0, 3), (90, 0, 3), (0, 1, 3), (0, 90, 5)):
         policy = _policy(costs)
-        assert policy.choose(_begin(policy, 1, other), trees)[0].size == size
+        assert policy.choose(_begin(policy, 1, prompt, fixed), trees)[0].size == size
     # Where other rounds give more than plain ones, less is worth its time.
     policy = _policy(costs)
     for _ in range(TRIAL_ROUNDS):

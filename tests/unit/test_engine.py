@@ -142,7 +142,7 @@ class Crowd:
 
 
 class FickleCosts(CostModel):
-    """A node costs much more or less from one round to the next."""
+    """What a node costs changes from one round to the next, from nothing to 0.4 of a plain step."""
 
     draw = random.Random(0)
 

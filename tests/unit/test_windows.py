@@ -6,6 +6,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 
@@ -64,6 +65,12 @@ def test_a_short_one_is_not_read_with_a_long_one_for_the_start_alone() -> None:
     assert len(plan(sequences, start=500.0)) == 1
 
 
+def test_a_long_one_does_not_keep_the_others_apart() -> None:
+    sequences = [Rows(1000 * n, 1000 * n + (900 if n == 5 else 50)) for n in range(8)]
+    found = plan(sequences, start=100.0)
+    assert sorted(sorted(one.members) for one in found) == [[0, 1, 2, 3, 4], [5], [6, 7]]
+
+
 def test_those_that_begin_in_the_same_row_are_apart() -> None:
     assert len(plan([Rows(5, 9), Rows(5, 9)])) == 2
 
@@ -71,7 +78,8 @@ def test_those_that_begin_in_the_same_row_are_apart() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rows_of_a_cache_are_zeros_that_vector_units_can_load(dtype: torch.dtype) -> None:
     # What was freed before has other bits in it.
-    torch.full((1 << 20,), float("nan"))
+    freed = [np.full(24_000, np.nan, np.float32) for _ in range(50)]
+    del freed
     rows = zero_rows(torch.empty(0, dtype=dtype), (4, 1000, 6))
     assert rows.shape == (4, 1000, 6) and rows.dtype == dtype and rows.is_contiguous()
     assert rows.data_ptr() % ALIGNMENT == 0
