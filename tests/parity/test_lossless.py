@@ -111,8 +111,8 @@ def test_levels_may_be_of_any_width_and_drafts_may_pause(
     )
     begin, widths = policy.begin, []
 
-    def begin_at_random(*given: Any) -> PolicyRound:
-        return replace(begin(*given), drafts=draw.random() < 0.6)
+    def begin_at_random(*given: Any, **named: Any) -> PolicyRound:
+        return replace(begin(*given, **named), drafts=draw.random() < 0.6)
 
     def any_width(*given: Any) -> int:
         widths.append(draw.randint(0, 4))
