@@ -242,12 +242,17 @@ def _as_slice(numbers: list[int], device: torch.device) -> Tensor | slice:
 
 def _additive(spans: Sequence[Span], windows: Windows, per_key: int, like: Tensor) -> Tensor | None:
     """What the windows' scores get added, [n, 1, R · T, C]; None where every token sees all."""
+    sees_n = [span.sees() for span in spans]
     full = all(span.end - span.first == windows.rows for span in spans)
-    if full and all(span.count == windows.tokens and span.sees() is None for span in spans):
+    if (
+        full
+        and all(sees is None for sees in sees_n)
+        and all(s.count == windows.tokens for s in spans)
+    ):
         return None
     sees_nTC = torch.zeros(len(spans), windows.tokens, windows.rows, dtype=torch.bool)
-    for span, sees_TC in zip(spans, sees_nTC, strict=True):
-        behind, sees_TT = span.end - span.first, span.sees()
+    for span, sees_TT, sees_TC in zip(spans, sees_n, sees_nTC, strict=True):
+        behind = span.end - span.first
         sees_TC[:, : span.context] = True
         # What the last one asks again sees as much, so that no score is without any weight.
         sees_TC[:, span.context : behind] = True if sees_TT is None else sees_TT[-1]

@@ -105,10 +105,11 @@ def plan_windows(
                 number = at.get(edge + found.step if behind else edge - found.step)
                 if number is None:
                     break
-                wider = [*found.members, number] if behind else [number, *found.members]
-                if saved(Windows.of(wider, sequences)) < saved(found):
+                members = [*found.members, number] if behind else [number, *found.members]
+                wider = Windows.of(members, sequences)
+                if saved(wider) < saved(found):
                     break
-                found = Windows.of(wider, sequences)
+                found = wider
         return found
 
     plan = []
