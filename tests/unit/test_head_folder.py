@@ -17,6 +17,7 @@ from core.draft.vocabulary import DraftVocabulary
 from core.errors import InputError, MismatchError
 from core.models.target import Target
 from core.models.weights import load_embedding, load_output_head
+from core.train.start import load_start
 
 EAGLE_NAMES = {
     "fc.weight",
@@ -172,6 +173,19 @@ def test_without_aeries_record_it_is_an_official_head(tmp_path: Path, tiny_targe
     after = load_head(folder).state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("layers", [[1, 2, 3, 4], [4]])
+def test_eagle1_goes_on_from_whatever_layers_its_features_held_besides(
+    tmp_path: Path, tiny_target: Target, layers: list[int]
+) -> None:
+    head, geometry = _head(tiny_target), TargetGeometry.of(tiny_target.model.config)
+    save_head(tmp_path / "head", head, {"feature_layers": layers, "target_fingerprint": "some"})
+    assert load_head(tmp_path / "head").aux_layers is None
+    for aux_layers in ((), (1, 2, 3)):
+        load_start(tmp_path / "head", Eagle1Config(), geometry, "some", aux_layers)
+    with pytest.raises(MismatchError, match="bias is False, not True"):
+        load_start(tmp_path / "head", Eagle1Config(bias=True), geometry, "some", ())
 
 
 def test_another_layer_convention_is_refused(tmp_path: Path, tiny_target: Target) -> None:

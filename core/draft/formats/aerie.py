@@ -64,8 +64,10 @@ class AerieFormat(HeadFormat):
         head.to(next(t.dtype for t in tensors.values() if t.is_floating_point()))
         head.load_eagle_tensors(tensors)
         head.own_embedding_VH = embedding_VH
-        # The final feature, which the record names last, is no layer's.
-        head.aux_layers = tuple(about.get("feature_layers", ())[:-1]) or None
+        # The record names all that the features held, of which EAGLE-1 reads the last alone: the
+        # final feature, which is no layer's.
+        if config.num_aux_layers:
+            head.aux_layers = tuple(about.get("feature_layers", ())[:-1]) or None
         return ReadHead(head, about, self.name)
 
 
