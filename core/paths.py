@@ -8,6 +8,7 @@ import importlib.util
 import os
 import re
 import shutil
+import stat
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -108,10 +109,22 @@ def folder_written_aside(folder: Path, *, aside: Path | None = None) -> Iterator
         with naming_a_full_disk(folder):
             aside.mkdir(parents=True)
             yield aside
+            _let_others_read(aside)
             _take_place(aside, folder)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
+
+
+def _let_others_read(folder: Path) -> None:
+    """Give the files of a new folder at least the permissions that the folder has by its umask.
+
+    safetensors makes files that their writer alone can read, and a model is there to be shared.
+    """
+    usual = stat.S_IMODE(folder.stat().st_mode) & 0o666
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(stat.S_IMODE(path.stat().st_mode) | usual)
 
 
 def _take_place(new: Path, folder: Path) -> None:

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import errno
+import os
 import resource
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -92,6 +94,20 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
         raise KeyboardInterrupt
     assert [path.name for path in folder.iterdir()] == ["two"]
     assert list(folder.parent.iterdir()) == [folder]
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_others_may_read_a_model_as_the_umask_has_it(tmp_path: Path, umask: int, mode: int) -> None:
+    before = os.umask(umask)
+    try:
+        with folder_written_aside(tmp_path / "model") as aside:
+            (aside / "part").mkdir()
+            save_file({"weight": np.zeros(2)}, aside / "part" / "model.safetensors")
+            (aside / "config.json").touch()
+    finally:
+        os.umask(before)
+    files = [path for path in (tmp_path / "model").rglob("*") if path.is_file()]
+    assert [stat.S_IMODE(path.stat().st_mode) for path in files] == [mode, mode]
 
 
 def test_what_cannot_be_replaced_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
