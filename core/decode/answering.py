@@ -7,12 +7,15 @@ from collections import Counter
 from collections.abc import Sequence
 from itertools import takewhile
 
-from core.config import GenerateConfig
+from core.config import DecodeConfig, GenerateConfig
 from core.data.conversations import ROLES, Conversation, Message
 from core.data.synthesis import user_turn
 from core.data.template import encode_prompt
-from core.decode.batch import Answer, BatchCounts, BatchGenerator, Request
+from core.decode.batch import Answer, BatchCounts, answer_all
+from core.decode.engine import SpeculativeDecoder
+from core.decode.requests import Request
 from core.decode.sampling import SamplingSettings
+from core.decode.tree import PLAIN
 from core.errors import ConfigError
 from core.models.target import Target
 
@@ -20,6 +23,8 @@ from core.models.target import Target
 CUT, EMPTY, NO_ROOM = "cut", "empty", "no_room"
 # What was generated, and what of it was kept.
 GENERATED, ANSWERS = "generated", "answers"
+# Tokens of prompts that a pass reads: none waits for an answer, so few passes are best.
+PREFILL_TOKENS = 2048
 
 
 class _Dialogue:
@@ -58,6 +63,7 @@ class Answerer:
 
     Attributes:
         counts: answers, and why others were left out.
+        computed: what they took.
     """
 
     def __init__(self, target: Target, config: GenerateConfig, context: int) -> None:
@@ -69,15 +75,11 @@ class Answerer:
             context: most tokens of a conversation.
         """
         self.target, self.config = target, config
-        self.context = min(context, target.max_position)
-        settings = SamplingSettings(config.temperature, config.top_p, config.top_k)
-        self._generator = BatchGenerator(target, settings, config.batch_size)
+        self._decoder = _decoder(target, config, context)
+        self.context = min(context, self._decoder.longest(PLAIN))
+        self._settings = SamplingSettings(config.temperature, config.top_p, config.top_k)
         self.counts: Counter[str] = Counter()
-
-    @property
-    def computed(self) -> BatchCounts:
-        """What it took."""
-        return self._generator.counts
+        self.computed = BatchCounts()
 
     def answer(self, conversations: Sequence[Conversation]) -> list[Conversation]:
         """Answer each user turn, with the answers before it as context.
@@ -90,15 +92,16 @@ class Answerer:
         def next_request(number: int) -> Request | None:
             return self._request(number, dialogues[number]) if dialogues[number].ask() else None
 
-        def follow_up(request: Request, answer: Answer) -> Request | None:
+        def follow_up(number: int, answer: Answer) -> Request | None:
             content = self._content(answer)
             if content is None:
                 return None
-            dialogues[request.key].messages.append(Message("assistant", content))
-            return next_request(request.key)
+            dialogues[number].messages.append(Message("assistant", content))
+            return next_request(number)
 
-        requests = [next_request(number) for number in range(len(dialogues))]
-        self._generator.run([r for r in requests if r is not None], follow_up)
+        first = ((number, next_request(number)) for number in range(len(dialogues)))
+        requests = [(number, request) for number, request in first if request is not None]
+        answer_all(self._decoder, requests, follow_up, self.computed)
         found = [dialogue.answered() for dialogue in dialogues]
         return [conversation for conversation in found if conversation is not None]
 
@@ -109,7 +112,7 @@ class Answerer:
             self.counts[NO_ROOM] += 1
             return None
         seed = seed_of(self.config.seed, dialogue.conversation.id, dialogue.turn)
-        return Request(number, ids, most, seed)
+        return Request(ids, most, self._settings, seed)
 
     def _content(self, answer: Answer) -> str | None:
         self.counts[GENERATED] += 1
@@ -138,30 +141,30 @@ def make_up_prompts(
     """
     turn = user_turn(target.tokenizer)
     longest = len(turn.prefix_ids) + config.max_prompt_tokens
-    if longest > target.max_position:
+    decoder, counts = _decoder(target, config, longest), BatchCounts()
+    if longest > decoder.longest(PLAIN):
         raise ConfigError(
-            f"generate.max_prompt_tokens={config.max_prompt_tokens}: the target takes "
-            f"{target.max_position} tokens; lower it"
+            f"generate.max_prompt_tokens={config.max_prompt_tokens}: behind the template's "
+            f"{len(turn.prefix_ids)} tokens the target takes "
+            f"{decoder.longest(PLAIN) - len(turn.prefix_ids)}; lower it"
         )
     settings = SamplingSettings(config.prompt_temperature, config.prompt_top_p)
-    generator = BatchGenerator(target, settings, config.batch_size, turn.stop_token_ids)
     found: dict[int, Answer] = {}
-
-    def keep(request: Request, answer: Answer) -> None:
-        found[request.key] = answer
-
-    generator.run(
-        [
+    requests = [
+        (
+            number,
             Request(
-                number,
                 turn.prefix_ids,
                 config.max_prompt_tokens,
+                settings,
                 seed_of(config.seed, "prompt", number),
-            )
-            for number in numbers
-        ],
-        keep,
-    )
+                turn.stop_token_ids,
+            ),
+        )
+        for number in numbers
+    ]
+    # There is nothing to ask after any of them.
+    answer_all(decoder, requests, found.__setitem__, counts)
     answers = [found[number] for number in numbers]
     # Special tokens stay to be seen: a user does not type them.
     texts = [
@@ -169,7 +172,22 @@ def make_up_prompts(
         for answer in answers
     ]
     cut = [answer.cut for answer in answers]
-    return list(zip(texts, cut, strict=True)), generator.counts.new_tokens
+    return list(zip(texts, cut, strict=True)), counts.new_tokens
+
+
+def _decoder(target: Target, config: GenerateConfig, context: int) -> SpeculativeDecoder:
+    """A plain one for sequences of up to so many tokens: the batch is what makes it fast."""
+    # A sequence alone has room for its tokens and the next one's row.
+    rows = max(32, context + 1)
+    decoding = DecodeConfig(
+        total_tokens=1,
+        max_context=rows,
+        cache_tokens=rows * config.batch_size,
+        batch_size=config.batch_size,
+        max_waiting=config.batch_size,
+        prefill_chunk=PREFILL_TOKENS,
+    )
+    return SpeculativeDecoder(target, None, decoding)
 
 
 def decode(target: Target, answer: Answer) -> str:

@@ -184,9 +184,8 @@ def _summed(found: Sequence[Mapping[str, Any]], conversations: int) -> dict[str,
         "cut_share": total[CUT] / max(1, total[GENERATED]),
         "generated_tokens": total["new_tokens"],
         "prompt_tokens": total["prompt_tokens"],
-        # Of what the target computed, the share that was nobody's token.
-        "prompt_padding": 1 - total["prompt_tokens"] / max(1, total["padded_prompt_tokens"]),
-        "idle_rows": 1 - total["decoded_tokens"] / max(1, total["decoded_rows"]),
+        # Of what the target's passes could have given, the share that they did not.
+        "idle_places": 1 - total["new_tokens"] / max(1, total["places"]),
     }
 
 

@@ -2,159 +2,116 @@
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
 
 import numpy as np
 import pytest
 import torch
 
-from core.decode.batch import (
-    FIRST_CANDIDATES,
-    Answer,
-    BatchGenerator,
-    Request,
-    candidates,
-    choose,
-)
-from core.decode.sampling import SamplingSettings, target_probs
+from core.config import DecodeConfig
+from core.decode.batch import Answer, BatchCounts, answer_all
+from core.decode.engine import SpeculativeDecoder
+from core.decode.requests import Request
+from core.decode.sampling import SamplingSettings
 from core.models.target import Target
 
 GREEDY = SamplingSettings()
 SAMPLED = SamplingSettings(temperature=1.0, top_p=0.9, top_k=40)
+# Random weights seldom end a turn: these bytes do it in their place.
+STOPS = frozenset(range(3, 12))
 
 
-def _requests(count: int, seed: int = 0) -> list[Request]:
-    random = np.random.default_rng(seed)
+def _requests(count: int, settings: SamplingSettings = GREEDY) -> list[tuple[int, Request]]:
+    random = np.random.default_rng(0)
     return [
-        Request(i, random.integers(3, 250, int(random.integers(1, 40))).tolist(),
-                int(random.integers(1, 50)), seed=1000 + i)
+        (i, Request(random.integers(3, 250, int(random.integers(1, 40))).tolist(),
+                    int(random.integers(1, 50)), settings, 1000 + i, STOPS))
         for i in range(count)
     ]  # fmt: skip
 
 
+def _decoder(target: Target, batch_size: int, cache_tokens: int = 4096) -> SpeculativeDecoder:
+    config = DecodeConfig(
+        total_tokens=1, max_context=400, batch_size=batch_size, cache_tokens=cache_tokens,
+        max_waiting=batch_size, prefill_chunk=64,
+    )  # fmt: skip
+    return SpeculativeDecoder(target, None, config)
+
+
 def _run(
-    target: Target, requests: list[Request], batch_size: int, settings: SamplingSettings
-) -> tuple[dict[int, Answer], BatchGenerator]:
-    # Random weights seldom end a turn: these bytes do it in their place.
-    stops = frozenset(range(3, 12))
-    generator = BatchGenerator(target, settings, batch_size, stops)
+    decoder: SpeculativeDecoder, requests: list[tuple[int, Request]]
+) -> tuple[dict[int, Answer], BatchCounts]:
     found: dict[int, Answer] = {}
-
-    def keep(request: Request, answer: Answer) -> None:
-        found[request.key] = answer
-
-    generator.run(requests, keep)
-    return found, generator
+    counts = BatchCounts()
+    answer_all(decoder, requests, found.__setitem__, counts)
+    return found, counts
 
 
 @torch.inference_mode()
-def _alone(target: Target, request: Request, stops: frozenset[int]) -> Answer:
+def _alone(target: Target, request: Request) -> Answer:
     """Greedy, without a cache."""
     ids = list(request.prompt_ids)
     new: list[int] = []
     while len(new) < request.max_new_tokens:
         token = int(target.model(torch.tensor([ids + new])).logits[0, -1].argmax())
-        if token in stops:
+        if token in request.stop_token_ids | target.eos_token_ids:
             return Answer(tuple(new), cut=False)
         new.append(token)
     return Answer(tuple(new), cut=True)
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 8])
+@pytest.mark.parametrize(("batch_size", "cache_tokens"), [(1, 4096), (3, 4096), (8, 256)])
 def test_greedy_answers_are_those_of_each_prompt_alone(
-    tiny_target: Target, batch_size: int
+    tiny_target: Target, batch_size: int, cache_tokens: int
 ) -> None:
+    """Also where the cache holds but a few of them at a time."""
     requests = _requests(25)
-    found, generator = _run(tiny_target, requests, batch_size, GREEDY)
-    wanted = {r.key: _alone(tiny_target, r, generator.stops) for r in requests}
+    found, counts = _run(_decoder(tiny_target, batch_size, cache_tokens), requests)
+    wanted = {key: _alone(tiny_target, request) for key, request in requests}
     assert found == wanted
     assert {answer.cut for answer in found.values()} == {True, False}
+    ended = sum(len(answer.token_ids) + (not answer.cut) for answer in wanted.values())
+    assert counts.new_tokens == ended
+    assert counts.prompt_tokens == sum(len(request.prompt_ids) for _, request in requests)
 
 
 def test_samples_depend_on_the_request_alone(tiny_target: Target) -> None:
-    requests = _requests(20)
-    alone, _ = _run(tiny_target, requests, 1, SAMPLED)
-    together, _ = _run(tiny_target, requests[::-1], 7, SAMPLED)
+    requests = _requests(20, SAMPLED)
+    alone, _ = _run(_decoder(tiny_target, 1), requests)
+    together, _ = _run(_decoder(tiny_target, 7), requests[::-1])
     assert together == alone
-    other, _ = _run(tiny_target, [Request(0, [40] * 5, 30, seed) for seed in (1,)], 1, SAMPLED)
-    again, _ = _run(tiny_target, [Request(0, [40] * 5, 30, seed) for seed in (2,)], 1, SAMPLED)
-    assert other != again
+    _, first = requests[0]
+    seeds = [(seed, dataclasses.replace(first, max_new_tokens=30, seed=seed)) for seed in (1, 2)]
+    other, _ = _run(_decoder(tiny_target, 1), seeds)
+    assert other[1] != other[2]
 
 
-def test_rows_are_refilled_and_slots_reused(tiny_target: Target) -> None:
-    """Far more passes than slots, in a batch that stays full to the end."""
-    requests = [Request(i, [20 + i] * (1 + i % 30), 40, i) for i in range(60)]
-    generator = BatchGenerator(tiny_target, GREEDY, 6)
-    found: dict[int, Answer] = {}
-
-    def keep(request: Request, answer: Answer) -> None:
-        found[request.key] = answer
-
-    generator.run(requests, keep)
-    counts = generator.counts
-    assert counts.passes > 2 * (70 + 70 // 4 + 64)
-    assert counts.new_tokens >= sum(len(answer.token_ids) for answer in found.values())
-    assert counts.decoded_tokens / counts.decoded_rows > 0.8
-    assert all(found[r.key] == _alone(tiny_target, r, generator.stops) for r in requests[::7])
-
-
-def test_a_free_row_uses_up_no_slots(tiny_target: Target) -> None:
-    """It may stay free for longer than the slots that its own sequence would have left it."""
-    short = Request(0, [20] * 300, 5)
-    requests = [short, *(Request(i, [20 + i], 305 - i) for i in range(1, 5))]
-    generator = BatchGenerator(tiny_target, GREEDY, 5)
-    found: dict[int, Answer] = {}
-
-    def keep(request: Request, answer: Answer) -> None:
-        found[request.key] = answer
-
-    generator.run(requests, keep)
-    assert max(len(answer.token_ids) for answer in found.values()) > 200
-    assert all(found[r.key] == _alone(tiny_target, r, generator.stops) for r in requests[:2])
+def test_the_batch_stays_full_to_the_end(tiny_target: Target) -> None:
+    requests = [(i, Request([20 + i] * (1 + i % 30), 40, seed=i)) for i in range(60)]
+    found, counts = _run(_decoder(tiny_target, 6), requests)
+    assert len(found) == 60
+    assert counts.places == 6 * counts.passes
+    assert counts.new_tokens / counts.places > 0.8
 
 
 def test_follow_ups_are_answered_too(tiny_target: Target) -> None:
-    """Each much longer than all before: the slots grow with them."""
-    generator = BatchGenerator(tiny_target, GREEDY, 2)
-    seen: list[Any] = []
+    """Each much longer than all before, and before those that wait: the cache has its beginning."""
+    decoder, counts = _decoder(tiny_target, 2), BatchCounts()
+    seen: list[tuple[int, int]] = []
+    current = {n: Request([40 + n] * 9, 5) for n in range(3)}
+    turns = dict.fromkeys(range(3), 1)
 
-    def follow(request: Request, answer: Answer) -> Request | None:
-        number, turn = request.key
-        seen.append(request.key)
-        assert answer == _alone(tiny_target, request, generator.stops)
+    def follow(number: int, answer: Answer) -> Request | None:
+        request, turn = current[number], turns[number]
+        seen.append((number, turn))
+        assert answer == _alone(tiny_target, request)
         if turn == 3:
             return None
+        turns[number] += 1
         ids = [*request.prompt_ids, *answer.token_ids, *range(20, 150 + turn)]
-        return Request((number, turn + 1), ids, 5)
+        current[number] = Request(ids, 5)
+        return current[number]
 
-    generator.run([Request((n, 1), [40 + n], 5) for n in range(3)], follow)
+    answer_all(decoder, list(current.items()), follow, counts)
     assert sorted(seen) == [(n, turn) for n in range(3) for turn in (1, 2, 3)]
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        SamplingSettings(0.7),
-        SamplingSettings(1.0, top_p=0.5),
-        SamplingSettings(5.0, top_p=0.999),
-        SamplingSettings(1.3, top_k=7),
-        SamplingSettings(1.3, top_p=0.6, top_k=7),
-        SamplingSettings(3.0, top_p=0.9, top_k=FIRST_CANDIDATES + 50),
-    ],
-)
-def test_candidates_are_the_decoders_distribution(settings: SamplingSettings) -> None:
-    logits = torch.randn(4, 3 * FIRST_CANDIDATES, generator=torch.Generator().manual_seed(0)) * 3
-    probs, tokens = candidates(logits, settings)
-    found = torch.zeros_like(logits).scatter(-1, tokens, probs / probs.sum(-1, keepdim=True))
-    torch.testing.assert_close(found, target_probs(logits, settings), rtol=1e-4, atol=1e-7)
-
-
-def test_choices_follow_the_distribution() -> None:
-    probs = torch.tensor([0.5, 0.0, 0.3, 0.2])
-    settings = SamplingSettings(1.0, top_p=0.99)
-    grid = ((np.arange(1000) + 0.5) / 1000).tolist()
-    chosen = choose(probs.log().expand(1000, 4), settings, grid)
-    counts = np.bincount(chosen, minlength=4)
-    assert counts.tolist() == pytest.approx([500, 0, 300, 200], abs=1)
-    assert choose(probs.log()[None], settings, [0.0]) == [0]
-    assert choose(probs.log()[None], SamplingSettings(1.0), [1 - 1e-16]) == [3]
+    assert seen.index((0, 3)) < seen.index((2, 1))
