@@ -10,13 +10,15 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from transformers import PretrainedConfig
 
 from core.draft.base import DraftHead
-from core.draft.folder import save_head
+from core.draft.folder import load_head, save_head
 from core.draft.formats import ExportedHead, ExportTarget, ReadHead, read_head, writer
 from core.draft.formats.aerie import AerieFormat
 from core.draft.formats.files import CONFIG, PICKLED, SAFETENSORS, TOKEN_MAP
 from core.errors import ConfigError, StageError
+from core.models.target import target_fingerprint
 from core.paths import folder_written_aside
 
 # Aerie's own format, which no engine reads and `export_draft` writes all the same.
@@ -56,6 +58,35 @@ def export_head(
         run_with=exported.run_with,
         differences=exported.differences,
     )
+
+
+def export_saved_head(
+    folder: Path,
+    saved: Path,
+    target: Path,
+    target_config: PretrainedConfig,
+    format_name: str,
+    dtype: str,
+) -> dict[str, Any]:
+    """`export_head` of a folder, for an engine that is to be started with it.
+
+    Args:
+        folder: replaced if it exists.
+        saved: the head, in any format.
+        target: HF folder of the target that it drafts for.
+        target_config: of the same.
+        format_name: of a format that can be written.
+        dtype: of the weights.
+    Raises:
+        UserError: see `load_head` and `export_head`.
+    """
+    fingerprint = target_fingerprint(target)
+    head = load_head(saved, target_fingerprint=fingerprint, target_config=target_config)
+    to = ExportTarget.of(str(target), target_config, fingerprint)
+    report = export_head(folder, head, to, format_name, dtype)
+    # It is SGLang's to read, and for users to name.
+    (folder / TOKEN_MAP).unlink(missing_ok=True)
+    return report
 
 
 def export_own(folder: Path, found: ReadHead, target: ExportTarget, dtype: str) -> dict[str, Any]:

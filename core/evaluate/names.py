@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from core.evaluate.peers import LLAMA_CPP, VLLM, VLLM_CHAIN, VLLM_NGRAM
 from core.evaluate.speculation import BASELINE, HF_GENERATE, HF_LOOKUP
 from core.evaluate.ways import CHOSEN, COPIES_ALONE, WITHOUT_COPIES
 
@@ -28,6 +29,10 @@ def way_name(report: Mapping[str, Any], way: str) -> str:
         COPIES_ALONE: "copies alone",
         HF_GENERATE: "HF generate",
         HF_LOOKUP: f"HF prompt lookup, {settings.get('hf_lookup_tokens')} tokens",
+        VLLM: "vLLM",
+        VLLM_NGRAM: f"vLLM, copies of {settings.get('vllm_drafts')} tokens",
+        VLLM_CHAIN: f"vLLM, the head's chains of {settings.get('vllm_drafts')}",
+        LLAMA_CPP: "llama.cpp",
     }
     if way in names:
         return names[way]

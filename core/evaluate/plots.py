@@ -12,6 +12,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 from core.evaluate.names import way_name
+from core.evaluate.peers import LLAMA_CPP, VLLM, VLLM_CHAIN, VLLM_NGRAM
 from core.evaluate.speculation import BASELINE, HF_GENERATE, HF_LOOKUP
 from core.evaluate.ways import CHOSEN, COPIES_ALONE, WITHOUT_COPIES
 
@@ -23,6 +24,10 @@ SHOWN_WAYS = {
     COPIES_ALONE: "copies alone",
     HF_GENERATE: "HF generate",
     HF_LOOKUP: "HF prompt lookup",
+    VLLM: "vLLM",
+    VLLM_NGRAM: "vLLM, copies",
+    VLLM_CHAIN: "vLLM, head's chains",
+    LLAMA_CPP: "llama.cpp",
 }
 
 

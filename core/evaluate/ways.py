@@ -2,7 +2,7 @@
 
 `autoregressive` is the baseline, `chosen` the configured tree. The others say what becomes of it
 with another tree, without what is copied, with that alone, with a head that has learnt nothing,
-or in HF's hands.
+in HF's hands, or in another engine's.
 """
 
 from __future__ import annotations
@@ -13,11 +13,14 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar
 
+import torch
+
 from core.config import Config, EvalConfig
 from core.decode.engine import SpeculativeDecoder
 from core.decode.load import LoadedDecoder, untrained_head
 from core.decode.sampling import SamplingSettings
 from core.decode.tree import PLAIN, TreePlan
+from core.evaluate.peers import PEERS, start_peers
 from core.evaluate.speculation import (
     BASELINE,
     GREEDY,
@@ -36,7 +39,7 @@ CHOSEN = "chosen"
 WITHOUT_COPIES = "without_copies"
 COPIES_ALONE = "copies_alone"
 # Not Aerie's: their text is not Aerie's to answer for.
-FOREIGN = (HF_GENERATE, HF_LOOKUP)
+FOREIGN = (HF_GENERATE, HF_LOOKUP, *PEERS)
 
 
 @dataclass(frozen=True)
@@ -118,6 +121,7 @@ class Ways:
         self.outside = None
         if self.settings.hf_generate_prompts:
             self.outside = _outside(config, decoder.target, num_threads)
+        self.peers = start_peers(config, decoder.target, num_threads or torch.get_num_threads())
 
     def of(
         self,
@@ -153,6 +157,10 @@ class Ways:
             ways[HF_GENERATE] = hf
             if self.settings.hf_lookup_tokens:
                 ways[HF_LOOKUP] = partial(hf, lookup_tokens=self.settings.hf_lookup_tokens)
+        if not draw.temperature:
+            # Above it, what is drawn is each engine's own, and of another length.
+            for peer in self.peers:
+                ways[peer.name] = partial(peer.answer, prompt_ids, max_new_tokens)
         return ways
 
     def plans(self) -> set[TreePlan]:

@@ -13,6 +13,7 @@ from core.draft.folder import check_folder
 from core.errors import ConfigError, InputError
 from core.evaluate.batch_summary import summarize_batches
 from core.evaluate.page import read_samples, write_page
+from core.evaluate.peers import check_peers
 from core.evaluate.plots import plot_evaluation
 from core.evaluate.session import select_prompts
 from core.evaluate.summary import summarize
@@ -50,6 +51,7 @@ def evaluation_inputs(config: Config) -> dict[str, Path]:
             "decode.ngram_match to measure copying alone"
         )
     check_tree_sizes(config)
+    check_peers(config)
     _prompts(config)
     inputs = {"target.path": target_folder(config.target.path), **_prompt_files(config)}
     if config.draft.path:
@@ -166,4 +168,5 @@ def _settings(config: Config) -> dict[str, Any]:
         "ngram_match": config.decode.ngram_match,
         "hf_model": config.eval.hf_model,
         "hf_lookup_tokens": config.eval.hf_lookup_tokens,
+        "vllm_drafts": config.eval.vllm_drafts,
     }

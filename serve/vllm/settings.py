@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from core.draft.base import DraftHead
 
 FORMAT = "vllm"
-# Its names of algorithms, where they are not ours.
-METHODS = {"eagle1": "eagle"}
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # Of `import vllm`, which imports its torch.
 IMPORT_S = 300.0
@@ -163,6 +161,7 @@ def command(
         about: its config.
         head: that it drafts with.
     """
+    from core.draft.formats.vllm import METHODS
     from serve.vllm.requests import MODEL
 
     decode, serve = config.decode, config.serve
@@ -182,7 +181,7 @@ def command(
     flags = ["--enable-prefix-caching" if decode.reuse_prefixes else "--no-enable-prefix-caching"]
     if head is not None:
         speculative = {
-            "method": METHODS.get(head.kind, head.kind),
+            "method": METHODS[head.kind],
             "model": str(head.folder),
             "num_speculative_tokens": drafts,
         }
@@ -242,20 +241,11 @@ def export(config: Config, target: Path, about: PretrainedConfig, folder: Path) 
         about: its config.
         folder: to be made.
     Raises:
-        UserError: see `load_head` and `export_head`.
+        UserError: see `export_saved_head`.
     """
-    from core.draft.export import export_head
-    from core.draft.folder import load_head
-    from core.draft.formats import ExportTarget
-    from core.draft.formats.files import TOKEN_MAP
-    from core.models.target import target_fingerprint
+    from core.draft.export import export_saved_head
     from core.paths import resolve_path
 
     place = resolve_path(str(config.draft.path), field="draft.path")
-    fingerprint = target_fingerprint(target)
-    head = load_head(place, target_fingerprint=fingerprint, target_config=about)
-    to = ExportTarget.of(str(target), about, fingerprint)
-    report = export_head(folder, head, to, FORMAT, config.target.dtype)
-    # It is SGLang's to read.
-    (folder / TOKEN_MAP).unlink(missing_ok=True)
+    report = export_saved_head(folder, place, target, about, FORMAT, config.target.dtype)
     return Exported(folder, report["kind"])

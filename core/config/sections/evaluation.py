@@ -77,6 +77,20 @@ class EvalConfig(Section):
         "what HF generates with: plain is the model as transformers loads it (a second one in "
         "memory where target.pack_linear packs), packed the one that Aerie decodes with",
     )
+    vllm_python: str | None = setting(
+        None,
+        "the Python of an environment with vLLM, on the node that evaluates: vLLM answers at "
+        "temperature 0 too, plainly, drafting by copying, and drafting chains with draft.path; "
+        "null leaves it out",
+    )
+    vllm_drafts: int = field(3, "tokens that vLLM drafts a round", ge=1)
+    llama_cpp_python: str | None = setting(
+        None,
+        "the Python of an environment with llama-cpp-python, likewise; it needs llama_cpp_model",
+    )
+    llama_cpp_model: str | None = setting(
+        None, "the target for llama.cpp: a GGUF file with weights of target.dtype"
+    )
     batch_sizes: tuple[BatchSize, ...] = field(
         (),
         "requests at work at a time: at each of these, throughput is measured in a closed loop for "

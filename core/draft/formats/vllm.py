@@ -28,6 +28,8 @@ from core.draft.formats.public import (
     without_whole_vocabulary,
 )
 
+# vLLM's names of the algorithms, `method` in its speculative configuration.
+METHODS = {"eagle1": "eagle", "eagle3": "eagle3"}
 CHAIN = (
     "vLLM drafts a chain, no tree: expect the acceptance that evaluate_draft measures with "
     "decode.top_k=1"
